@@ -18,7 +18,7 @@ import numpy as np
 import typer
 
 from benchmarks.sessions import ALPHA, DEVICES, LEVELS, MODELS, TrialPhotos, config, of_classes, predict, with_classes
-from benchmarks.tables import spread
+from benchmarks.tables import line, spread
 from edge_runtime.data.samples import Splits
 from fedfmsl.common.cli import application
 from fedfmsl.common.files import write_atomically
@@ -46,12 +46,13 @@ TARGET_NEW, TARGET_OLD = 0.9, 0.01
 INTRODUCTION = f"""\
 # Classes that are added during a run
 
-Photos, backbone, levels and shares of the trial: {DEVICES} devices, Dirichlet α = {ALPHA}. {ADDED} classes are drawn at
-random among those that {HOLDERS} or more devices hold. Their photos come after {STAGE1_ROUNDS} rounds of stage 1 and
-the head round. A session with all classes goes on from there, with {ROUNDS_AFTER} rounds of stage 1, the head round and
-{STAGE2_ROUNDS} rounds of stage 2. Accuracy on the devices' own test photos, of the added classes (new) and of all
-others (old). Before the classes are added, old photos are told apart among fewer classes. Before stage 2 the local
-expert is the global one with the device's class prior. Mean ± standard deviation over the seeds.
+Photos, backbone, levels and shares of the trial, with fp32 weights: {DEVICES} devices, Dirichlet α = {ALPHA}.
+{ADDED} classes are drawn at random among those that {HOLDERS} or more devices hold. Their photos come after
+{STAGE1_ROUNDS} rounds of stage 1 and the head round. A session with all classes goes on from there, with
+{ROUNDS_AFTER} rounds of stage 1, the head round and {STAGE2_ROUNDS} rounds of stage 2. Accuracy on the devices' own
+test photos, of the added classes (new) and of all others (old). Before the classes are added, old photos are told
+apart among fewer classes. Before stage 2 the local expert is the global one with the device's class prior. Mean ±
+standard deviation over the seeds.
 Written by `python -m benchmarks.added_classes`.
 
 The trained head was chosen on held-out photos, at one level, means of seeds 0, 1, 3 and 4, after the head round. With
@@ -197,14 +198,14 @@ def _config(photos: Photos, stage1_rounds: int, head: Head) -> RunConfig:
 
 
 def _report(found: Sequence[Mapping[str, Rows]]) -> str:
-    lines = [INTRODUCTION]
+    lines = [INTRODUCTION, f"Number of seeds: {len(found)}.\n"]
     head = ["after", *(f"{model}, {kind}" for model, kind in COLUMNS)]
     for title in found[0]:
-        lines += [f"## {title[0].upper()}{title[1:]}", "", _line(head), _line(["---"] * len(head))]
+        lines += [f"## {title[0].upper()}{title[1:]}", "", line(head), line(["---"] * len(head))]
         for name in found[0][title]:
             values = [[rows[title][name][f"{model} {kind}"] for rows in found] for model, kind in COLUMNS]
             lines.append(
-                _line(
+                line(
                     [name, *(spread([x for x in each if x is not None]) if None not in each else "" for each in values)]
                 )
             )
@@ -225,8 +226,8 @@ def _targets(found: Sequence[Mapping[str, Rows]]) -> list[str]:
         f"Means over the seeds. New classes should reach {TARGET_NEW:.0%} of the accuracy of the run that has them",
         f"from the start, after {ROUNDS_AFTER} rounds, and old classes should lose at most {TARGET_OLD}.",
         "",
-        _line(head),
-        _line(["---"] * len(head)),
+        line(head),
+        line(["---"] * len(head)),
     ]
 
     def mean(title: str, name: str, column: str) -> float:
@@ -242,12 +243,8 @@ def _targets(found: Sequence[Mapping[str, Rows]]) -> list[str]:
                     f"{mean(title, name, old) - mean(other, at, old):+.3f}"
                     for other, at in ((START, name), (title, BEFORE))
                 ]
-            lines.append(_line([title, name, *cells]))
+            lines.append(line([title, name, *cells]))
     return lines
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

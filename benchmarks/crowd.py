@@ -1,4 +1,4 @@
-"""python -m benchmarks.crowd: ten thousands of devices on one MQTT connection, without a model.
+"""python -m benchmarks.crowd: tens of thousands of devices on one MQTT connection, without a model.
 
 For numbers of devices whose connections one machine cannot hold beside broker and server. Each device has its own
 topics, retained status, heartbeat and update, and computes itself whether a round asks it; connection and process are
@@ -165,7 +165,7 @@ def crowd(
     broker: str = typer.Option("mqtt://localhost:1883", help="mqtt://host[:port]"),
     window: int = typer.Option(64, min=1, help="Updates that are on their way at a time."),
 ) -> None:
-    """Simulate ten thousands of devices of a run on one connection."""
+    """Simulate tens of thousands of devices of a run on one connection."""
     try:
         fleet = Crowd(TaskBundle.load(bundle), run, broker, device_names(devices), window)
     except OSError as error:

@@ -18,7 +18,7 @@ import numpy as np
 import typer
 
 from benchmarks.sessions import ALPHA, DEVICES, MODELS, TrialPhotos, config, predict
-from benchmarks.tables import spread
+from benchmarks.tables import line, spread
 from edge_runtime.data.samples import Sample, Splits
 from fedfmsl.common.cli import application
 from fedfmsl.common.files import write_atomically
@@ -43,13 +43,13 @@ KINDS = ("shown", "old")
 INTRODUCTION = f"""\
 # Forgetting
 
-Photos, backbone and shares of the trial, at one SAL level: {DEVICES} devices, Dirichlet α = {ALPHA}. Half of each
-device's photos train a run of {FIRST[0]} rounds of stage 1 and {FIRST[1]} of stage 2. Then {NIGHTS} nights follow. A
-night has the other half of the photos of {SHOWN} classes, drawn for all devices, and {NIGHTLY[0]} rounds of stage 1,
-the head round and {NIGHTLY[1]} round of stage 2. All other photos are deleted. A *rehearsal of n* (`--rehearse n`)
-keeps the hidden states of up to n deleted photos of each class on each device, all of its training split; they take
-part in all that the device computes from that split. Accuracy on the devices' own test photos: of the classes of the
-night (shown), and of all others (old). Mean ± standard deviation over the seeds.
+Photos, backbone and shares of the trial, with fp32 weights, at one SAL level: {DEVICES} devices, Dirichlet
+α = {ALPHA}. Half of each device's photos train a run of {FIRST[0]} rounds of stage 1 and {FIRST[1]} of stage 2.
+Then {NIGHTS} nights follow. A night has the other half of the photos of {SHOWN} classes, drawn for all devices, and
+{NIGHTLY[0]} rounds of stage 1, the head round and {NIGHTLY[1]} round of stage 2. All other photos are deleted. A
+*rehearsal of n* (`--rehearse n`) keeps the hidden states of up to n deleted photos of each class on each device, all
+of its training split; they take part in all that the device computes from that split. Accuracy on the devices' own
+test photos: of the classes of the night (shown), and of all others (old). Mean ± standard deviation over the seeds.
 Written by `python -m benchmarks.forgetting`.
 """
 
@@ -183,24 +183,20 @@ def _session(
 
 
 def _report(found: Sequence[Mapping[str, Sequence[Night]]]) -> str:
-    lines = [INTRODUCTION]
+    lines = [INTRODUCTION, f"Number of seeds: {len(found)}.\n"]
     for model in MODELS:
         head = ["night", *(f"{title}, {kind}" for title in VARIANTS for kind in KINDS)]
-        lines += [f"## {model[0].upper()}{model[1:]}", "", _line(head), _line(["---"] * len(head))]
+        lines += [f"## {model[0].upper()}{model[1:]}", "", line(head), line(["---"] * len(head))]
         for night in range(NIGHTS + 1):
             each = [[run[title][night][f"{model} {kind}"] for run in found] for title in VARIANTS for kind in KINDS]
-            lines.append(_line([str(night) if night else "first run", *(f"{statistics.mean(x):.3f}" for x in each)]))
+            lines.append(line([str(night) if night else "first run", *(f"{statistics.mean(x):.3f}" for x in each)]))
         each = [
             [statistics.mean(night[f"{model} {kind}"] for night in run[title][1:]) for run in found]
             for title in VARIANTS
             for kind in KINDS
         ]
-        lines += [_line(["mean of the nights", *map(spread, each)]), ""]
+        lines += [line(["mean of the nights", *map(spread, each)]), ""]
     return "\n".join(lines)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

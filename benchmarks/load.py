@@ -220,7 +220,7 @@ def _mosquitto() -> str:
 
 
 def _show(results: Sequence[Measured]) -> None:
-    """Prints the Markdown table of docs/benchmarks.md."""
+    """Prints a Markdown table."""
     print(f"Updates of {results[0].size / 1e3:.0f} KB; seconds per round of stage 1; CPU seconds of the whole run.\n")
     print(f"| {' | '.join(COLUMNS)} |")
     print("|" + "---|" * len(COLUMNS))

@@ -182,7 +182,7 @@ class NightDevice:
 
 class NightServer:
     """A standing run: coordinator and files, without a network. `published`: the globals of the present round, by
-    SHA-256. `wall`: the clock on the wall."""
+    SHA-256. `wall`: the wall clock."""
 
     plan: Plan
     state: State

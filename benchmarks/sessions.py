@@ -1,5 +1,5 @@
 """Sessions of one run in the simulator: each goes on from the one before, with other classes or other photos. Photos,
-backbone, levels and shares are those of the trial."""
+backbone, levels and shares are those of the trial; the weights are in fp32."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.step_worker import Turns
+from benchmarks.tables import line
 
 RESULTS = Path(__file__).parent / "results" / "step.json"
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -73,8 +74,8 @@ def write_results(results: Mapping[str, Any], path: Path) -> None:
 def table(results: Mapping[str, Any]) -> str:
     """Markdown: the rows, the variants that are missing, and the machine."""
     rows: Mapping[str, Row] = results["rows"]
-    lines = [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
-    lines += [_line(_cells(name, row, rows.get(REFERENCE))) for name, row in rows.items()]
+    lines = [line(COLUMNS), line(["---"] * len(COLUMNS))]
+    lines += [line(_cells(name, row, rows.get(REFERENCE))) for name, row in rows.items()]
     lines += [f"\n`{name}` is missing: {reason}." for name, reason in results["missing"].items()]
     machine = results["machine"]
     packages = "".join(f", {name} {number}" for name, number in machine["packages"].items())
@@ -105,7 +106,3 @@ def _cells(name: str, row: Row, reference: Row | None) -> list[str]:
 
 def _optional(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -57,13 +57,14 @@ def wait_for_server(
     finished: AtEnd = _waits_on,
 ) -> ServerStatus:
     """The status of the run's server. Waits without limit, and logs that after `report_seconds`. `finished` is called
-    once with the last status and the end of the run if the broker has them; if it returns True, that is the status."""
-    ended: list[bool] = []
+    once with the last status and the end of each session that the broker has; if it returns True, that is the status.
+    """
+    ended: dict[str, bool] = {}  # by session
 
     def end(server: ServerStatus, round_: Round) -> bool:
-        if not ended:
-            ended.append(finished(server, round_))
-        return ended[0]
+        if round_.session not in ended:
+            ended[round_.session] = finished(server, round_)
+        return ended[round_.session]
 
     status = receive_server_status(link, topics, report_seconds, heartbeat, end)
     if status is None:

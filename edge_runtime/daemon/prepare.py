@@ -7,11 +7,14 @@ import logging
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from edge_runtime.daemon.announce import INSTANCE, Announcer, rate_limited
 from edge_runtime.daemon.download import (
     POLL_SECONDS,
+    Heartbeat,
     fetch_bundle,
+    no_heartbeat,
     receive_server_status,
     stored_bundle,
     wait_for_server,
@@ -35,7 +38,7 @@ from edge_runtime.store.verified_bundle import verify_if_changed
 from edge_runtime.training.personal_model import ModelHeader
 from edge_runtime.training.stored_model import read_personal_model, tasks_of_models
 from fedfmsl.common.logs import fields
-from fedfmsl.errors import FedFMSLError, InputError, RunError
+from fedfmsl.errors import BundleError, FedFMSLError, InputError, RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.class_names import describe_classes
 from fedfmsl.protocol.messages import Activity, DeviceStatus, EngineName, Round, ServerStatus, encode
@@ -102,11 +105,7 @@ def prepare(daemon: Daemon, anew: bool) -> Prepared:
         server, task = _wait_for_task(daemon, own.sha256 if own else "")
         if own and server.bundle != own.sha256:
             raise RunError(other_bundle(server, own.sha256))
-        stored = own or stored_bundle(store.bundles, server.bundle)
-        fetched = stored or fetch_bundle(server, store.bundles, settings.identity, daemon.starting)
-        bundle = TaskBundle(fetched, task)
-    if not own:
-        verify_if_changed(bundle, store.verified)
+        bundle = TaskBundle(own or bundle_of(server, store, settings.identity, daemon.starting), task)
     of_model = _origin_of_model(store)
     if not settings.bundle:
         store.keep_bundles(bundle.sha256, of_model.bundle if of_model else "")
@@ -127,12 +126,20 @@ def prepare(daemon: Daemon, anew: bool) -> Prepared:
         return prepare(daemon, anew=True)
     report("measuring", 0, 1)
     largest_sample = largest(scanned.samples, kind)
-    provider = provider_for(engine, settings.provider, bundle, threads, store)
+    provider = provider_for(engine, settings.provider, bundle, threads, store, daemon.starting)
     if provider.trials:
         daemon.health.provider = describe_choice(provider)
         logger.info(f"provider {daemon.health.provider}")
     plan = make_plan(
-        bundle, store, engine, threads, provider.provider, largest_sample, settings.memory, settings.step_seconds
+        bundle,
+        store,
+        engine,
+        threads,
+        provider.provider,
+        largest_sample,
+        settings.memory,
+        settings.step_seconds,
+        daemon.starting,
     )
     logger.info(
         f"device {daemon.name}: {len(scanned.train)} {kind.noun}s to train on, {len(scanned.held_out)} held out, "
@@ -187,7 +194,7 @@ def _wait_for_task(daemon: Daemon, own: str) -> tuple[ServerStatus, Task]:
     server is of an earlier version."""
     link, topics, store = daemon.link, daemon.topics, daemon.store
     logger.info(f"waiting for the server of run {topics.run!r}, which has the task")
-    finished = partial(goes_on, daemon.settings, store, daemon.health, own)
+    finished = partial(goes_on, daemon, own)
     task = None
     while task is None:
         server = wait_for_server(link, topics, daemon.starting, finished=finished)
@@ -201,13 +208,30 @@ def _wait_for_task(daemon: Daemon, own: str) -> tuple[ServerStatus, Task]:
     return server, task
 
 
-def goes_on(
-    settings: Settings, store: DeviceStore, health: HealthReporter, own: str, server: ServerStatus, end: Round
-) -> bool:
+def bundle_of(
+    server: ServerStatus, store: DeviceStore, identity: Path | None = None, heartbeat: Heartbeat = no_heartbeat
+) -> Bundle:
+    """The server's bundle, verified. Of a stored one only altered files are fetched again. Raises BundleError as
+    `fetch_bundle` does."""
+    stored = stored_bundle(store.bundles, server.bundle)
+    if stored is not None:
+        try:
+            verify_if_changed(stored, store.verified)
+        except BundleError as error:
+            logger.warning(f"{error}; fetching it again")
+        else:
+            return stored
+    fetched = fetch_bundle(server, store.bundles, identity, heartbeat)
+    verify_if_changed(fetched, store.verified)
+    return fetched
+
+
+def goes_on(daemon: Daemon, own: str, server: ServerStatus, end: Round) -> bool:
     """Whether this device personalizes itself from the finished run of `server`: it took no part, and has the bundle.
     `own`: the SHA-256 of its --bundle, or "". Otherwise it waits for the next run. Raises RunOverError if it took part
     and does not stay."""
-    health.run_finished = True
+    settings, store = daemon.settings, daemon.store
+    daemon.health.run_finished = True
     took_part = end.session == store.outbox.session
     if took_part and not stays(settings):
         raise RunOverError

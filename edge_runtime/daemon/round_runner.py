@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,14 +26,14 @@ from edge_runtime.data.folder import SampleFolder
 from edge_runtime.data.ledger import open_ledger
 from edge_runtime.data.proposals import NothingToTrainError, describe_proposed
 from edge_runtime.data.rehearsal import with_rehearsal
-from edge_runtime.data.samples import SampleChangedError
+from edge_runtime.data.samples import Sample, SampleChangedError
 from edge_runtime.engines.memory import peak_rss_mb
 from edge_runtime.resources.throttle import LevelCapTracker, StepControl, WorkStoppedError
 from edge_runtime.settings import Secure
 from edge_runtime.training.alone import personalize_alone
 from edge_runtime.training.context import DeviceContext
 from edge_runtime.training.evaluation import evaluate, train_baseline
-from edge_runtime.training.local_expert import train_personal
+from edge_runtime.training.local_expert import level_before, train_personal
 from edge_runtime.training.model import save_personal_model
 from edge_runtime.training.personal_model import PersonalModel
 from edge_runtime.training.stages import (
@@ -198,10 +198,9 @@ class RoundRunner:
         if round_.secure:  # the level cap may have changed since
             device = replace(device, level_cap=self._secure.level(round_))
         global_values = read_globals(device.bundle, store.globals.read, round_)
-        # the baseline trains at levels of which deleted samples have no states
-        trained, device = device, self._with_rehearsal(device, round_, global_values)
-        try:
-            result = STAGES[round_.stage](trained if round_.stage is Stage.BASELINE else device, round_, global_values)
+        present, device = device, self._with_rehearsal(device, round_, global_values)
+        try:  # the baseline trains at levels of which deleted samples may have no states
+            result = STAGES[round_.stage](present if round_.stage is Stage.BASELINE else device, round_, global_values)
         except SampleChangedError as error:
             self._folder.forget(error.path)
             raise
@@ -227,10 +226,15 @@ class RoundRunner:
         """The device with deleted samples to train with."""
         if not self._rehearse:
             return device
-        level = device.level_of(published.expert) if published.expert.size else round_.level
+        levels = {device.level_of(published.expert) if published.expert.size else round_.level}
+        if round_.stage is Stage.PERSONAL:
+            levels.add(max(*levels, level_before(device, round_)))
         with open_ledger(device.store.samples) as ledger:
             kept = ledger.kept_for_rehearsal()
-        is_stored = partial(device.cache.has, level=level)
+
+        def is_stored(sample: Sample) -> bool:
+            return all(device.cache.has(sample, level) for level in levels)
+
         scanned = with_rehearsal(
             device.scanned, kept, device.bundle.classes, self._rehearse, self._folder.path, is_stored
         )

@@ -151,7 +151,8 @@ Command = Fetch | Work | Send | Acknowledge | PublishStatus | Log | Stop
 class State:
     """`bundle` and `task`: what this device is prepared for. `session`: the session that this device last worked in, of
     `run` ("": unknown). `server_session`: that of the server's last status. `online_session`: the same while the server
-    is online, else "". `server_task`: that of the last status; None if its bundle is another one.
+    is online, else "". `server_task`: that of the last status; None if its bundle is another one. `late_session`: the
+    finished session that this device last began to personalize itself from.
 
     `announced`: the newest announced round. `running`: the round that is being computed. `last_started`: the last round
     whose computation was started. `stored`: SHA-256 of the global blobs on disk. `unacknowledged`: rounds of `session`
@@ -169,6 +170,7 @@ class State:
     server_session: str = ""
     online_session: str = ""
     server_task: str | None = None
+    late_session: str = ""
     announced: Round | None = None
     last_started: int = 0
     stored: frozenset[str] = frozenset()
@@ -357,4 +359,5 @@ def _end(state: State, finished: Round) -> tuple[State, list[Command]]:
     if not required_globals(finished) <= state.stored:
         return state, []
     text = f"run {finished.run!r} has finished without this device; it personalizes itself from the run's global expert"
-    return replace(state, running=finished), [Log(text), Work(finished)]
+    log = [Log(text)] if state.late_session != finished.session else []  # once, not at each try
+    return replace(state, running=finished, late_session=finished.session), [*log, Work(finished)]

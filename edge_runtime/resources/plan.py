@@ -7,7 +7,7 @@ micro-batches and finally a `lean` memory plan. The last level that fits is the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -72,9 +72,11 @@ def make_plan(
     largest: tuple[int, Path],
     memory: int | None,
     step_seconds: float,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> Plan:
     """`largest`: extent and file of the sample that takes most memory to read. `memory`: bytes for the whole daemon,
-    by default a share of the machine's. `step_seconds`: the longest allowed step.
+    by default a share of the machine's. `step_seconds`: the longest allowed step. `heartbeat` is called after each
+    measurement, because all of them together may take as long as a watchdog waits.
 
     Raises ConfigError if level 1 does not fit, RunError if it cannot be measured.
     """
@@ -94,7 +96,13 @@ def make_plan(
         stored = _StoredPlan.model_validate_json(path.read_bytes())
         if stored.conditions == conditions:
             return stored.plan
-    measure = ProbeProcess(bundle, engine, threads, provider, largest[1], store.root)
+    probe = ProbeProcess(bundle, engine, threads, provider, largest[1], store.root)
+
+    def measure(feature_batch: int, first: int, memory_plan: MemoryPlan) -> Iterator[Measurement]:
+        for measured in probe(feature_batch, first, memory_plan):
+            heartbeat()
+            yield measured
+
     plan = plan_within(measure, bundle, budget - RESERVE, step_seconds, provider)
     if not plan.memory_plans:
         raise ConfigError(_why_nothing_fits(_measure_minimum(measure), budget, step_seconds))

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,11 @@ SPREAD = 0.02  # standard deviation of what is added to the trainables, so that 
 LEVEL = 2  # the first level whose step has a backward pass through a whole block
 REPEATS = 3
 SECONDS = 600.0  # after which a provider counts as failed
+POLL_SECONDS = 1.0
 GRADIENT = "gradient"  # the names of its parts begin so
 
 Outputs = Mapping[str, NDArray[np.generic]]
+Heartbeat = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -104,15 +106,25 @@ def offered_providers() -> tuple[str, ...]:
     return tuple(name for name in [*others, *names] if name != REMOTE)
 
 
-def provider_for(engine: EngineName, asked: str, bundle: TaskBundle, threads: int, store: DeviceStore) -> Choice:
+def provider_for(
+    engine: EngineName,
+    asked: str,
+    bundle: TaskBundle,
+    threads: int,
+    store: DeviceStore,
+    heartbeat: Heartbeat = lambda: None,
+) -> Choice:
     """As `choose_provider`. onnxruntime-training has the CPU's provider only."""
     if engine == "ort-training" and asked not in (AUTO, CPU):
         raise ConfigError(f"--provider {asked}: the engine ort-training has cpu only; add --engine step-graph")
-    return choose_provider(CPU if engine == "ort-training" else asked, bundle, threads, store)
+    return choose_provider(CPU if engine == "ort-training" else asked, bundle, threads, store, heartbeat)
 
 
-def choose_provider(asked: str, bundle: TaskBundle, threads: int, store: DeviceStore) -> Choice:
+def choose_provider(
+    asked: str, bundle: TaskBundle, threads: int, store: DeviceStore, heartbeat: Heartbeat = lambda: None
+) -> Choice:
     """`asked`: a provider, or AUTO for the fastest. A provider that fails or disagrees is replaced by the CPU.
+    `heartbeat` is called every POLL_SECONDS, because a provider may hang for as long as a watchdog waits.
 
     Raises ConfigError if the installed ONNX Runtime does not offer `asked`.
     """
@@ -143,7 +155,8 @@ def choose_provider(asked: str, bundle: TaskBundle, threads: int, store: DeviceS
     missing = [name for name in (CPU, *candidates) if name not in known]
     if not missing:
         return fastest(known)
-    choice = fastest({**known, **try_providers(bundle, list(dict.fromkeys([CPU, *missing])), threads, store.root)})
+    tried = try_providers(bundle, list(dict.fromkeys([CPU, *missing])), threads, store.root, heartbeat)
+    choice = fastest({**known, **tried})
     write_atomically(path, _StoredChoice(conditions=conditions, choice=choice).model_dump_json().encode())
     return choice
 
@@ -154,13 +167,15 @@ def fastest(trials: Mapping[str, Trial]) -> Choice:
     return Choice(provider=min(usable, key=lambda name: usable[name].seconds, default=CPU), trials=dict(trials))
 
 
-def try_providers(bundle: TaskBundle, providers: list[str], threads: int, folder: Path) -> dict[str, Trial]:
+def try_providers(
+    bundle: TaskBundle, providers: list[str], threads: int, folder: Path, heartbeat: Heartbeat = lambda: None
+) -> dict[str, Trial]:
     """Tries each provider and compares it with the first one. Writes into a temporary folder in `folder`."""
     trials, reference = dict[str, Trial](), dict[str, NDArray[np.generic]]()
     with tempfile.TemporaryDirectory(dir=folder, prefix=PROBE) as scratch:
         for name in providers:
             path = Path(scratch) / name
-            refused = _run_trial(bundle, name, threads, path)
+            refused = _run_trial(bundle, name, threads, path, heartbeat)
             if not refused and not reference and trials:
                 refused = f"{providers[0]} fails, so there is nothing to compare it with"
             if refused:
@@ -174,20 +189,27 @@ def try_providers(bundle: TaskBundle, providers: list[str], threads: int, folder
     return trials
 
 
-def _run_trial(bundle: TaskBundle, provider: str, threads: int, out: Path) -> str:
+def _run_trial(bundle: TaskBundle, provider: str, threads: int, out: Path, heartbeat: Heartbeat) -> str:
     """Runs `python -m edge_runtime try-provider`. Returns why it failed, or ""."""
     command = [sys.executable, "-m", "edge_runtime", "try-provider", "--provider", provider]
     command += ["--bundle", str(bundle.root), "--classes", str(len(bundle.classes))]
     command += ["--threads", str(threads), "--out", str(out)]
-    try:
-        process = subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
+    errors, deadline = None, time.monotonic() + SECONDS
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+    ) as process:
+        try:
+            while errors is None and time.monotonic() < deadline:
+                heartbeat()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    errors = process.communicate(timeout=POLL_SECONDS)[1]
+        finally:
+            process.kill()
+    if errors is None:
         return f"it took longer than {SECONDS:.0f} s"
     if process.returncode == 0:
         return ""
-    lines = [line for line in process.stderr.splitlines() if line.strip()]
+    lines = [line for line in errors.splitlines() if line.strip()]
     last = lines[-1].removeprefix("error: ") if lines else f"it ended with code {process.returncode}"
     return one_line(f"it fails: {last}")
 

@@ -133,6 +133,12 @@ def train_local(context: TrainingContext, round_: Round, published: Globals, tem
     return expert
 
 
+def level_before(context: TrainingContext, round_: Round) -> int:
+    """The level of the local expert before this round of stage 2."""
+    expert = LocalExpert.load(context, round_.session) if round_.index else None
+    return expert.sal.level if expert else context.capped(round_.sal).start().level
+
+
 def _train(
     context: TrainingContext, round_: Round, published: Globals, temperature: float, expert: LocalExpert
 ) -> LocalExpert:

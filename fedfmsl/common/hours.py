@@ -1,7 +1,7 @@
 """Time spans of the day and of the week, in the local time of the machine (ours).
 
-They are compared with the clock on the wall. When that is put forward or back, for daylight saving or by hand, what it
-shows afterwards counts.
+They are compared with the wall clock. When that is put forward or back, for daylight saving or by hand, what it shows
+afterwards counts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A fleet over three nights, on a real broker and with real devices. The clock on the server's wall is moved."""
+"""A fleet over three nights, on a real broker and with real devices. The server's wall clock is moved."""
 
 from __future__ import annotations
 

@@ -19,6 +19,8 @@ from support.provisioned_fleet import write_identity
 
 from devices.provisioning.authority import CLIENT, SERVER, make_authority
 from edge_runtime.daemon.download import fetch_bundle, wait_for_server
+from edge_runtime.daemon.prepare import bundle_of
+from edge_runtime.store import DeviceStore
 from fedfmsl.errors import BundleError
 from fedfmsl.protocol.bundle import MANIFEST, Bundle, file_sha256
 from fedfmsl.protocol.messages import ServerStatus, encode
@@ -136,6 +138,21 @@ def test_a_file_that_is_missing_on_the_server_is_named(served: tuple[ServerStatu
     (root / WEIGHTS).unlink()
     with pytest.raises(BundleError, match=f"cannot fetch .*{WEIGHTS}: HTTP 404"):
         fetch_bundle(status, tmp_path / "device")
+
+
+def test_an_altered_file_of_a_stored_bundle_is_fetched_again(
+    served: tuple[ServerStatus, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    status, root = served
+    store = DeviceStore(tmp_path / "state")
+    path, content = bundle_of(status, store).path(WEIGHTS), (root / WEIGHTS).read_bytes()
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    caplog.clear()
+    assert bundle_of(status, store).path(WEIGHTS).read_bytes() == content
+    assert caplog.text.count("fetching ") == 2 and f"{WEIGHTS} has been altered" in caplog.text
+    caplog.clear()
+    assert bundle_of(status, store).path(WEIGHTS) == path and caplog.text == ""
 
 
 @pytest.fixture

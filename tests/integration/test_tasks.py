@@ -69,8 +69,13 @@ def test_a_class_is_added_during_stage_1_while_server_and_devices_go_on(
         observer.wait(Round, lambda round_: round_.stage is Stage.GLOBAL, "stage 1")
         devices[0].pause()
         options = ["classes", "--out", str(fleet.server_folder)]
-        (proposed,) = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)["proposed"]
-        assert (proposed["name"], proposed["devices"]) == ("lemon", [names[1]])
+
+        def proposed() -> list[tuple[str, list[str]]]:
+            found = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)["proposed"]
+            return [(each["name"], each["devices"]) for each in found]
+
+        wait_until(lambda: bool(proposed()), "a proposal")  # the server stores it once it has announced the round
+        assert proposed() == [("lemon", [names[1]])]
         assert "adds lemon after its present round\n" in CliRunner().invoke(app, [*options, "--add", "lemon"]).stdout
         wait_until(lambda: "1 class is added after round" in server.stdout, "the server obeys")
         devices[0].resume()

@@ -1,4 +1,4 @@
-"""A standing run in the test's process: its server, whose clock on the wall the test moves, and real devices."""
+"""A standing run in the test's process: its server, whose wall clock the test moves, and real devices."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Killed(BaseException):
 
 @dataclass
 class WallClock:
-    """The clock on the wall of the server. `broken`: the server ends when it looks at it."""
+    """The wall clock of the server. `broken`: the server ends when it looks at it."""
 
     at: datetime
     broken: bool = False

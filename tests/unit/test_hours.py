@@ -1,4 +1,4 @@
-"""Time spans of the day and of the week, on the clock on the wall."""
+"""Time spans of the day and of the week, on the wall clock."""
 
 from __future__ import annotations
 

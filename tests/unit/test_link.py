@@ -178,8 +178,7 @@ def test_a_full_queue_holds_few_messages_and_loses_none(port: int) -> None:
     for number in range(count):
         last = sender.publish("flood/x", str(number).encode())
     last.wait_for_publish(30)
-    while reader.events.qsize() < MAX_EVENTS:
-        time.sleep(0.02)
+    wait_until(lambda: reader.events.qsize() >= MAX_EVENTS, "a full queue")
     reader.publish("elsewhere", b"x")  # a full queue does not block publishing
     got = [event.payload for event in next_events(reader, count) if isinstance(event, Received)]
     assert got == [str(number).encode() for number in range(count)]
@@ -242,8 +241,7 @@ def test_a_link_with_a_full_queue_closes(port: int) -> None:
     for number in range(2 * MAX_EVENTS):
         last = sender.publish("full/x", str(number).encode())
     last.wait_for_publish(30)
-    while reader.events.qsize() < MAX_EVENTS:
-        time.sleep(0.02)
+    wait_until(lambda: reader.events.qsize() >= MAX_EVENTS, "a full queue")
     closing = threading.Thread(target=reader.close, args=(reader.publish("full/bye", b"x"),))
     closing.start()
     closing.join(20)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,8 +111,15 @@ def test_what_is_planned_fits_and_nothing_larger_would(
     assert len(m.started) <= len(FEATURE_BATCHES) + len(ladder)  # each takes seconds
 
 
-def plan_of(built: Built, store: DeviceStore, photo: Path, memory: int, step_seconds: float = 1e6) -> object:
-    return make_plan(built.bundle, store, ENGINE, 1, "cpu", (1, photo), memory, step_seconds)
+def plan_of(
+    built: Built,
+    store: DeviceStore,
+    photo: Path,
+    memory: int,
+    step_seconds: float = 1e6,
+    heartbeat: Callable[[], None] = lambda: None,
+) -> object:
+    return make_plan(built.bundle, store, ENGINE, 1, "cpu", (1, photo), memory, step_seconds, heartbeat)
 
 
 @pytest.fixture
@@ -126,7 +133,9 @@ def test_it_is_measured_once_for_a_budget(
 ) -> None:
     store = DeviceStore(tmp_path)
     assert planned_bundle(store) == ""
-    plan = plan_of(vit, store, photo, 100 * GB)
+    called = []
+    plan = plan_of(vit, store, photo, 100 * GB, heartbeat=lambda: called.append(1))
+    assert len(called) == 1 + LAYERS  # the watchdog is reset after the feature pass and after each level
     assert (plan.level_cap, planned_bundle(store)) == (LAYERS, vit.bundle.sha256)
     monkeypatch.setattr(subprocess, "Popen", None)  # a second measurement would need it
     assert plan_of(vit, store, photo, 100 * GB) == plan

@@ -85,7 +85,7 @@ def test_a_provider_that_failed_for_the_moment_is_tried_again_at_the_next_start(
     monkeypatch.setattr(providers, "offered_providers", lambda: ("cuda", "dnnl", CPU))
     fails, tried, loss = {"cuda": "it fails: out of memory"}, list[str](), {CPU: 1.0, "cuda": 1.0, "dnnl": 2.0}
 
-    def run(bundle: TaskBundle, name: str, threads: int, out: Path) -> str:
+    def run(bundle: TaskBundle, name: str, threads: int, out: Path, *_: object) -> str:
         tried.append(name)
         seconds = 0.5 if name == "cuda" else 1.0
         out.write_bytes(pack(Trial(seconds=seconds), {"loss": np.full(1, loss[name], np.float32)}))
@@ -113,7 +113,7 @@ def test_a_process_of_a_provider_computes_the_same_as_the_cpu_does_here(vit: Bui
 def test_without_a_result_of_the_cpu_no_other_provider_is_used(
     vit: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(bundle: TaskBundle, name: str, threads: int, out: Path) -> str:
+    def run(bundle: TaskBundle, name: str, threads: int, out: Path, *_: object) -> str:
         out.write_bytes(pack(Trial(seconds=1.0), {"loss": np.ones(1, np.float32)}))
         return "it fails: no memory" if name == CPU else ""
 
@@ -121,6 +121,20 @@ def test_without_a_result_of_the_cpu_no_other_provider_is_used(
     choice = fastest(try_providers(vit.bundle, [CPU, "cuda"], 1, tmp_path))
     assert choice.provider == CPU
     assert choice.trials["cuda"].refused == "cpu fails, so there is nothing to compare it with"
+
+
+def test_a_provider_that_hangs_is_stopped_and_the_watchdog_is_reset_meanwhile(
+    vit: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs = tmp_path / "hangs"
+    hangs.write_text("#!/bin/sh\nexec sleep 600\n")
+    hangs.chmod(0o755)
+    monkeypatch.setattr(providers.sys, "executable", str(hangs))
+    monkeypatch.setattr(providers, "SECONDS", 0.05)
+    monkeypatch.setattr(providers, "POLL_SECONDS", 0.01)
+    called = list[int]()
+    trials = try_providers(vit.bundle, [CPU], 1, tmp_path, lambda: called.append(1))
+    assert trials[CPU].refused.startswith("it took longer than") and trials[CPU].temporary and called
 
 
 def test_texts_are_computed_too(bert: Built) -> None:

@@ -11,11 +11,12 @@ import pytest
 from support.bundles import Built
 from support.in_process_daemon import make_daemon, no_report
 from support.samples import CLASSES
-from support.training_contexts import announced_round, initial_globals
+from support.training_contexts import SAL, announced_round, initial_globals
 
 from edge_runtime.daemon.round_runner import RoundRunner
 from edge_runtime.data.folder import SampleFolder
 from edge_runtime.data.ledger import open_ledger
+from fedfmsl.algorithms.sal import AllAtOnce, Sal
 from fedfmsl.protocol.messages import Globals, Round, Stage, Update
 from fedfmsl.protocol.tensors import blob_hash, pack, unpack
 
@@ -36,7 +37,7 @@ class Device:
         samples = SampleFolder(self.photos, self.bundle, device.store, run="r")
         self.runner = RoundRunner(device, samples, before.control, before.tracker, no_report, rehearse=rehearse)
 
-    def train(self, level: int = 1, stage: Stage = Stage.GLOBAL) -> Update:
+    def train(self, level: int = 1, stage: Stage = Stage.GLOBAL, sal: Sal = SAL) -> Update:
         """The header of the update of the next round."""
         store, named = self.runner.device.store, {}
         values = initial_globals(self.bundle, level)
@@ -46,7 +47,8 @@ class Device:
             store.globals.write(blob)
             named[kind] = blob_hash(blob)
         self.round += 1
-        round_ = Round.model_validate({**announced_round(stage, level, round=self.round, **named).model_dump()})
+        announced = announced_round(stage, level, round=self.round, **named)
+        round_ = Round.model_validate({**announced.model_dump(), "sal": sal})
         self.runner.scan()
         self.runner.run(round_, bytes_down=0)
         blob_ = store.outbox.read(self.round)
@@ -106,3 +108,16 @@ def test_a_higher_level_uses_the_states_that_were_computed_ahead(vit: Built, pho
     device.delete(GONE)
     assert device.train(level=2).samples == first.samples
     assert np.isfinite(device.train(level=2, stage=Stage.PERSONAL).metrics["held_out_mofm"])
+
+
+def test_a_sample_without_a_state_at_the_local_experts_level_is_dropped(
+    vit: Built, photos: Path, tmp_path: Path
+) -> None:
+    device = Device(vit, photos, tmp_path, rehearse=100)
+    device.train(level=1)
+    device.delete(GONE)
+    cache = device.runner.device.cache
+    for path in device.runner.device.store.cache.glob("*-level-2/*"):  # as if the disk had no space for them
+        cache._store._remove(path.parent.name, path.name)
+    device.train(level=1, stage=Stage.PERSONAL, sal=Sal(AllAtOnce(), max_level=2))
+    assert device.kept()[GONE] == 0

@@ -312,7 +312,7 @@ def test_a_device_that_is_not_allowed_takes_no_part_and_metrics_count_it(
 
 
 def test_a_run_rests_outside_of_its_hours_as_its_log_says(vit: Built, broker: Broker, tmp_path: Path) -> None:
-    """The clock on the wall is moved. Between the hours no round opens or closes, and an update is acknowledged."""
+    """The wall clock is moved. Between the hours no round opens or closes, and an update is acknowledged."""
     clock = [datetime(2026, 11, 27, 12).timestamp()]
 
     def says(text: str) -> None:

@@ -37,7 +37,7 @@ def _without_sync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Nights(OfflineServer):
-    """A standing run of the devices ABC. `wall`: the clock on the wall."""
+    """A standing run of the devices ABC. `wall`: the wall clock."""
 
     wall = 20_000 * DAY
 

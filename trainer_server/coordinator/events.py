@@ -47,7 +47,7 @@ class OperatorActed:
 
 @dataclass(frozen=True)
 class RestChanged:
-    """The clock on the wall has left the hours of --schedule, and the run rests; or it has entered them."""
+    """The wall clock has left the hours of --schedule, and the run rests; or it has entered them."""
 
     rests: bool
 
@@ -55,7 +55,7 @@ class RestChanged:
 @dataclass(frozen=True)
 class ClockTicked:
     """No message is waiting. Rounds open and close only at this event, so every message that arrived before counts.
-    `working`: devices whose heartbeats show that they are at work. `wall`: the clock on the wall, in unix seconds."""
+    `working`: devices whose heartbeats show that they are at work. `wall`: the wall clock, in unix seconds."""
 
     working: frozenset[str] = frozenset()
     wall: float = 0.0

@@ -19,8 +19,8 @@ from trainer_server.coordinator.limits import Limits
 
 class Standing(Message):
     """`begun`: when the first round of the session opened, or of the session before until then; unix seconds of the
-    clock on the wall. `needs_time`, `needs_news`: what the first round waits for. `unused`: by device, new samples that
-    were there in the session before and that it has not used."""
+    wall clock. `needs_time`, `needs_news`: what the first round waits for. `unused`: by device, new samples that were
+    there in the session before and that it has not used."""
 
     begun: float = 0.0
     needs_time: bool = False

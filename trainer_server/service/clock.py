@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 class RunClock:
     """Seconds during which a server of the run worked. Continues from `start`, the last time of the previous server.
-    `wall` returns the unix seconds of the clock on the wall, which decides only when the run rests."""
+    `wall` returns the unix seconds of the wall clock, which decides only when the run rests."""
 
     def __init__(self, start: float, wall: Callable[[], float] = time.time) -> None:
         self._offset = start - time.monotonic()

@@ -96,7 +96,7 @@ class Service:
     ) -> None:
         """`state` was the state at second `at` of the run's clock. `figures` and `flooding`, the devices that are
         ignored: of all sessions since the server's start; the service adds to them. `allowed`: the devices that may
-        take part. `wall`: the clock on the wall, in unix seconds."""
+        take part. `wall`: the wall clock, in unix seconds."""
         self._allowed = allowed
         self._plan = plan
         self._state = state

@@ -1,8 +1,8 @@
 """When a run rests: outside of the hours of --schedule, before --every is over, and while a standing run has no news
 (ours).
 
-Only the I/O loop asks the clock on the wall. The log has when a rest begins and ends (`RestChanged`), so a replay needs
-no clock.
+Only the I/O loop asks the wall clock. The log has when a rest begins and ends (`RestChanged`), so a replay needs no
+clock.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Rest:
     """`text`: until when the run rests, and why; "" if it does not. For people, in local time."""
 
     def __init__(self, wall: Callable[[], float]) -> None:
-        """`wall`: the clock on the wall, in unix seconds."""
+        """`wall`: the wall clock, in unix seconds."""
         self.text = ""
         self._reason = ""
         self._wall = wall
