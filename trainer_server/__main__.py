@@ -28,7 +28,7 @@ from trainer_server.service.console_job import console_job, start_console
 from trainer_server.service.lifecycle import NO_CHANGES, open_bundle, open_run, run_server
 from trainer_server.service.loop import FINISHED
 from trainer_server.service.purge import purge as remove_retained
-from trainer_server.service.run_log import log_standing
+from trainer_server.service.run_log import log_operator_state
 from trainer_server.service.stored import require_unchanged
 from trainer_server.settings import ConsoleSettings, PurgeSettings, ResumeSettings, ServerSettings, ServiceSettings
 from trainer_server.storage.run_store import RunStore, require_folder
@@ -80,8 +80,9 @@ def _coordinate(
     os.umask(0o027)  # the run's files hold updates of devices
     set_up_logging(settings.log, settings.log_file)
     run = store.origin.config.run
-    if store.ended is None and store.origin.config.exposure:
-        logger.warning(store.origin.config.exposure)
+    if store.ended is None:
+        for text in filter(None, (store.origin.config.exposure, store.origin.config.lacks_sums)):
+            logger.warning(text)
     if store.ended == FINISHED:
         logger.info(f"run {run!r} has finished; announcing it again")
     elif store.ended is not None:
@@ -93,7 +94,7 @@ def _coordinate(
         if text := store.origin.uncounted:
             logger.warning(text)
     if store.ended is None:
-        log_standing(*store.standing())
+        log_operator_state(*store.paused_and_excluded())
     identity, insecure = settings.identity, settings.insecure
     if settings.allowed is not None and len(settings.allowed) < store.origin.config.devices:
         raise ConfigError(

@@ -388,6 +388,20 @@ class RunConfig(RunRules):
             return f"--rule {aggregation.rule.value} leaves out nothing of fewer than {ROBUST_FROM} updates"
         return ""
 
+    @property
+    def lacks_sums(self) -> str:
+        """What the run does without class sums, because it expects too few devices for secure ones; "" if it has them
+        or needs none."""
+        is_secure = self.secure_sums and self.privacy is None
+        lacks = [
+            *(["stage 1 starts from the bundle's own head"] if self.head is not Head.ZEROS else []),
+            *(["the global expert keeps the head of stage 1"] if self.replaces_head else []),
+        ]
+        if not is_secure or self.devices >= MIN_DEVICES or not lacks:
+            return ""
+        few = f"--devices {self.devices}: class sums need {MIN_DEVICES} devices"
+        return f"{few}; while there are fewer, {' and '.join(lacks)}"
+
     @model_validator(mode="after")
     def _check_secure(self) -> RunConfig:
         excluded = {

@@ -56,7 +56,7 @@ def _facts(store: RunStore) -> dict[str, Any]:
     announced = checkpoint[0].announced if checkpoint else None
     closed = store.closed_counts()
     since, reason = store.outage()
-    paused, excluded = store.standing()
+    paused, excluded = store.paused_and_excluded()
     facts: dict[str, Any] = {"run": config.run, "session": store.origin.session, "server": vars(store.server())}
     if store.origin.start is not None:
         facts["goes_on_from"] = store.origin.start.text
@@ -127,7 +127,7 @@ def proposed_classes(store: RunStore) -> list[Proposal]:
     statuses = {status.device: status for status in checkpoint[0].devices} if checkpoint else {}
     _, seen = read_observations(store.folder)
     statuses |= {name: view.status for name, view in seen.items() if view.status}
-    _, excluded = store.standing()
+    _, excluded = store.paused_and_excluded()
     return proposals(store.task().classes, statuses.values(), excluded)
 
 
@@ -248,13 +248,18 @@ def replay(out: Path = OUT) -> None:
     store = RunStore(out)
     bundle = open_bundle(store)
     recorded = {closed.round.round: closed.round for closed in store.rounds()}
-    replayed = compared = 0
+    replayed = set()
     for announced in replay_rounds(store, make_plan(store, bundle)):
-        replayed += 1
-        compared += announced.round in recorded
+        replayed.add(announced.round)
         if announced.round in recorded and announced != recorded[announced.round]:
             raise RunError(f"round {announced.round} differs from its record; was {out} altered?")
+    first = store.first_state()
+    begin = first[0].round if first else 0
+    logged = {number for number, each in recorded.items() if each.session == store.origin.session and number > begin}
+    if missing := sorted(logged - replayed):
+        raise RunError(f"round {missing[0]} has a record, but does not follow from the event log; was {out} altered?")
     if not recorded:
         console.print("no closed rounds to compare yet")
         return
-    console.print(f"{replayed} announced rounds replayed; the {compared} closed ones equal their records")
+    closed = len(replayed & recorded.keys())
+    console.print(f"{len(replayed)} announced rounds replayed; the {closed} closed ones equal their records")

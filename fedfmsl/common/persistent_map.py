@@ -60,14 +60,18 @@ class PersistentMap(Mapping[K, V]):
 
 
 def remembered(function: Callable[P, R]) -> Callable[P, R]:
-    """A function of large immutable values that keeps its latest result, for calls with the same objects."""
-    latest: list[tuple[tuple[Any, ...], R]] = []
+    """A function of large immutable values that keeps its latest result, for calls with the same objects in the same
+    positions. For any thread."""
+    latest: tuple[tuple[Any, ...], R] | None = None
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if latest and len(args) == len(latest[0][0]) and all(map(_is, args, latest[0][0])):
-            return latest[0][1]
+        nonlocal latest
+        kept = latest  # another thread may replace it meanwhile
+        if kept is not None and not kwargs and len(args) == len(kept[0]) and all(map(_is, args, kept[0])):
+            return kept[1]
         result = function(*args, **kwargs)
-        latest[:] = [(args, result)]
+        if not kwargs:
+            latest = args, result
         return result
 
     return call

@@ -48,9 +48,7 @@ def test_a_round_with_too_few_updates_lasts_longer_while_devices_are_at_work(vit
     run.answers(A)
     at_deadline(run, "bc")
     assert (run.announced.round, seconds(run)) == (1, 2 * ROUND_SECONDS)
-    assert "round 1 got 1 updates, fewer than 2 after 100 s; still at work: b, c; it lasts up to 200 s now" in notes(
-        run
-    )
+    assert "round 1 got 1 update, fewer than 2 after 100 s; still at work: b, c; it lasts up to 200 s now" in notes(run)
     assert "resume with a longer --round-timeout" in notes(run)
     run.answers(["b", "c"])
     assert run.verdicts == [Verdict.ACCEPTED] * 3  # nothing was computed twice
@@ -250,6 +248,9 @@ def test_limits_that_do_not_fit_the_run_are_refused(vit: Built) -> None:
     run = started(vit)
     with pytest.raises(ConfigError, match="--min-updates 4 is more than --devices 3"):
         check_change(run.plan.config, run.state.limits.model_copy(update={"min_updates": 4}))
+    for change, option in (({"every": "24h"}, "--every 24h"), ({"min_new": 5}, "--min-new 5")):
+        with pytest.raises(ConfigError, match=f"{option}: the run does not begin again"):
+            check_change(run.plan.config, run.state.limits.model_copy(update=change))
     private = run.plan.config.model_copy(update={"privacy": PRIVACY})
     with pytest.raises(ConfigError, match="with --dp-noise it stays 1"):
         check_change(private, run.state.limits.model_copy(update={"min_updates": 2}))

@@ -13,7 +13,7 @@ CHUNKS = 13
 
 @pytest.fixture
 def guard() -> FloodGuard:
-    return FloodGuard(LARGEST, 2500)
+    return FloodGuard(LARGEST, 2500, set())
 
 
 def sent(guard: FloodGuard, messages: int, size: int, device: str = "a", now: float = 0.0) -> bool:

@@ -28,7 +28,7 @@ from trainer_server.coordinator.events import OperatorActed, StatusSeen, StoreRo
 from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, LEFT_OUT_ROUNDS
 from trainer_server.service.lifecycle import open_run
-from trainer_server.service.run_log import log_standing
+from trainer_server.service.run_log import log_operator_state
 from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.observations import Observations, ServerView
 from trainer_server.storage.operations import Operations
@@ -98,7 +98,7 @@ def test_status_and_a_server_that_starts_show_what_the_operator_has_done(
     act(Action.EXCLUDE, Action.PAUSE)
     assert as_json(store).items() >= {"paused": True, "excluded": ["b"], "missing": ["a"]}.items()
     assert rows(store)["excluded"] == "1: b"
-    log_standing(*store.standing())
+    log_operator_state(*store.paused_and_excluded())
     assert [record.message.partition(";")[0] for record in caplog.records] == [
         "the run is paused by the operator",
         "excluded by the operator: b",

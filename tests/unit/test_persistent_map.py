@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import operator
+
 import numpy as np
 import pytest
 
+from fedfmsl.common import persistent_map
 from fedfmsl.common.persistent_map import PersistentMap, remembered
 
 
@@ -38,3 +41,22 @@ def test_a_remembered_function_sees_other_objects_but_not_the_same_ones() -> Non
     first, second = [1], [1]
     assert [count(first, 0), count(first, 0), count(second, 0), count(first, 1)] == [1, 1, 1, 2]
     assert len(seen) == 3
+    assert [count(first, more=1), count(first, more=2)] == [2, 3]
+
+
+def test_a_remembered_function_is_for_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The metrics look at a state while the server's loop goes on to the next one."""
+
+    @remembered
+    def copied(items: tuple[int, ...]) -> list[int]:
+        return list(items)
+
+    def interrupted(one: object, other: object) -> bool:
+        monkeypatch.setattr(persistent_map, "_is", operator.is_)
+        assert copied(second) == [2]  # another thread
+        return one is other
+
+    first, second = (1,), (2,)
+    copied(first)
+    monkeypatch.setattr(persistent_map, "_is", interrupted)
+    assert copied(first) == [1]

@@ -119,9 +119,11 @@ def test_the_repeat_of_a_sum_leaves_out_the_devices_that_did_not_answer(vit: Bui
 def test_two_devices_start_without_sums(vit: Built, tmp_path: Path) -> None:
     run = SecureRun(vit, secure_devices(vit, tmp_path, 2))
     assert run.announced.stage is Stage.GLOBAL and run.announced.sums is Sums.NONE
+    lacks = "stage 1 starts from the bundle's own head and the global expert keeps the head of stage 1"
+    assert run.plan.config.lacks_sums == f"--devices 2: class sums need 3 devices; while there are fewer, {lacks}"
     run.until(Stage.PERSONAL)
     lines = [command.text for command in run.of(Log) if "no secure aggregation" in command.text]
-    reason = "no secure aggregation: 2 devices are online, and secure aggregation needs 3"
+    reason = "no secure aggregation: it needs 3 devices, and 2 can take part"
     assert lines == [
         f"{reason}; stage 1 starts from the bundle's own head",
         f"{reason}; the global expert keeps the head of stage 1",

@@ -63,10 +63,14 @@ def test_no_form_asks_a_device_that_the_operator_has_excluded() -> None:
 
 def test_a_selection_that_can_only_be_named_is_cut_to_what_an_announcement_holds() -> None:
     half = frozenset(NAMES[:3000])
-    cut = at_most(half, NAMES, 1, 7)
+    cut = at_most(half, NAMES, (), 1, 7)
     assert len(cut) == MAX_NAMED and cut < half
     assert asked(announced(cut, frozenset(NAMES), frozenset())) == cut
-    assert at_most(frozenset(NAMES[5:]), NAMES, 1, 7) == frozenset(NAMES[5:])
+    assert at_most(frozenset(NAMES[5:]), NAMES, (), 1, 7) == frozenset(NAMES[5:])
+    many = frozenset(NAMES[: FEW + 1])  # excluded
+    rest = frozenset(NAMES) - many
+    cut = at_most(rest, rest, many, 1, 7)
+    assert len(cut) == MAX_NAMED and asked(announced(cut, rest, many)) == cut
 
 
 def test_a_bound_that_is_no_ticket_is_refused() -> None:
@@ -97,6 +101,8 @@ def test_a_new_device_takes_the_place_of_one_that_is_offline_when_the_run_knows_
     run.feed(StatusSeen(run.status(NAMES[5]).model_copy(update={"online": False})))
     run.now += ROUND_SECONDS  # the round that expects it ends without an answer
     run.feed()
+    run.feed(StatusSeen(run.status(NAMES[most], online=False)))
+    assert NAMES[most] not in run.state.devices  # a last will of one that has gone takes no place
     run.feed(StatusSeen(run.status(NAMES[most])))
     assert NAMES[most] in run.state.devices and NAMES[5] not in run.state.devices
     assert len(run.state.devices) == most

@@ -21,7 +21,7 @@ from support.samples import CLASSES
 from fedfmsl.algorithms.accounting import epsilons
 from fedfmsl.algorithms.sal import AllAtOnce, Sal
 from fedfmsl.common import files
-from fedfmsl.errors import ConfigError
+from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.class_names import MAX_CLASSES
 from fedfmsl.protocol.messages import Stage
 from trainer_server.coordinator.advance import next_deadline
@@ -29,6 +29,7 @@ from trainer_server.coordinator.events import BeginSession, ClockTicked, Log, Op
 from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.privacy_budget import NoisedRounds, privacy_budget
 from trainer_server.coordinator.sessions import approved
+from trainer_server.inspect import replay
 from trainer_server.service.lifecycle import make_plan, open_bundle, open_run, replay_rounds
 from trainer_server.service.next_session import begin_session
 from trainer_server.service.start_from import read_start
@@ -184,6 +185,12 @@ def test_a_class_is_added_in_the_same_folder(vit: Built, tmp_path: Path) -> None
     assert tasks == {each.bundle.task.sha256 for each in (first, plan)}
     again = list(replay_rounds(store, make_plan(store, plan.bundle)))
     assert again[:-1] == [closed.round for closed in store.rounds()][3:]
+    replay(store.folder)
+    store._db.execute(
+        "DELETE FROM events WHERE seq IN (SELECT seq FROM events WHERE kind = 'tick' ORDER BY 1 DESC LIMIT 2)"
+    )
+    with pytest.raises(RunError, match=f"round {numbers[-1]} has a record, but does not follow from the event log"):
+        replay(store.folder)
 
 
 def test_a_class_that_is_added_before_the_first_round_needs_no_global_expert(vit: Built, tmp_path: Path) -> None:
@@ -231,6 +238,8 @@ def test_the_run_returns_to_a_global_expert_of_fewer_classes(vit: Built, tmp_pat
         assert np.array_equal(weights[: len(CLASSES)], vit.bundle.expert.split(earlier)["classifier.weight"])
         assert weights[len(CLASSES) :].any(axis=1).all()
         assert np.array_equal(server.state.expert[layout.size(0) :], earlier[vit.bundle.expert.size(0) :])
+    start = server.state.expert[: server.plan.bundle.expert.size(server.state.sal.level)]
+    assert np.array_equal(server.state.start, start)  # of the session that has not begun
     server.feed(ClockTicked())
     assert finished(server).store.ended == "finished"
 

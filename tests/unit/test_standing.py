@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from support.samples import CLASSES
 from fedfmsl.common import files
 from fedfmsl.common.hours import Hours
 from fedfmsl.protocol.messages import DeviceStatus, Stage
+from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import ClockTicked, OperatorActed, RestChanged, StatusSeen, Stop
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.standing import Standing
+from trainer_server.service.batch import Batch
 from trainer_server.service.lifecycle import make_plan, open_run, restore_state
 from trainer_server.service.rest import Rest
 from trainer_server.storage.kept_experts import KeptExperts
@@ -92,12 +95,38 @@ def test_samples_that_a_session_did_not_use_are_no_news_again(vit: Built, tmp_pa
     server.sees("a", new_samples=40)
     server.night()
     assert server.night() == []
+    server.sees("a", online=False)  # a last will has no number
+    server.sees("a", new_samples=40)
+    assert server.night() == []
     server.sees("b", new_samples=1)
     assert server.night()
     server.sees("a", new_samples=2)  # it has used some
     assert server.night() == []
     server.sees("a", new_samples=3)
     assert server.night()
+
+
+@pytest.mark.parametrize("counts", [(0, 40), (40, 3, 41), (3, 0, 7), (None, 5, None, 40, 2, 9, None)])
+def test_the_log_says_that_a_device_has_used_samples_also_if_it_has_others_now(
+    vit: Built, counts: tuple[int | None, ...]
+) -> None:
+    """Statuses are stored with the next commit, and a replay computes the same news from those that are stored."""
+    run = started(vit)
+    run.feed_only(StatusSeen(run.status("a", new_samples=40)))
+    first = replace(run.state, standing=Standing(needs_news=True, unused={"a": 40}))
+    batch = Batch(first, 1.0, {})
+    for count in counts:  # None: its last will
+        status = run.status("a", online=False) if count is None else run.status("a", new_samples=count)
+        state, _ = advance(run.plan, batch.state, event := StatusSeen(status), 1.0)
+        if state is not batch.state:
+            batch.state = state
+            batch.add_status(event)
+    again = first
+    for logged in batch.events:
+        again, _ = advance(run.plan, again, logged.event, logged.at)
+    assert (again.standing, again.devices) == (batch.state.standing, batch.state.devices)
+    assert again.standing.unused["a"] == min(count for count in counts if count is not None)
+    assert len(batch.events) <= 3
 
 
 def test_new_classes_and_a_rollback_are_news(vit: Built, tmp_path: Path) -> None:

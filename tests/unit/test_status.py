@@ -14,7 +14,7 @@ from support.training_contexts import announced_round
 from edge_runtime.daemon.download import wait_for_server
 from edge_runtime.daemon.health import HealthReporter
 from edge_runtime.daemon.lock import locked
-from edge_runtime.daemon.prepare import RunOverError, goes_on
+from edge_runtime.daemon.prepare import Daemon, RunOverError, goes_on
 from edge_runtime.daemon.status import check_alive, describe
 from edge_runtime.resources.governor import Readings
 from edge_runtime.settings import Settings
@@ -118,9 +118,11 @@ def test_a_device_uses_a_finished_run_without_it_and_waits_for_the_next_one_only
     settings = Settings(run="r", images=tmp_path, broker="mqtt://127.0.0.1:9", stay=stay)
     store = DeviceStore(tmp_path)
     store.outbox.enter(session, "r")
-    health = HealthReporter(Link(settings.broker, "d"), Topics("r"), "d", store, Readings)
+    link, topics = Link(settings.broker, "d"), Topics("r")
+    health = HealthReporter(link, topics, "d", store, Readings)
+    daemon = Daemon(settings, link, topics, store, "d", health)
     server = ServerStatus(online=False, run="r", session="s", bundle=BUNDLE)
     end = announced_round(Stage.FINISHED, session="s", expert=expert, gate=HASH)
     with pytest.raises(RunOverError) if expected is None else nullcontext():
-        assert goes_on(settings, store, health, own, server, end) is expected
+        assert goes_on(daemon, own, server, end) is expected
     assert health.run_finished

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from support.bundles import Built
-from support.coordinators import ROUND_SECONDS, CoordinatorRun, make_update, started
+from support.coordinators import MEAN, ROUND_SECONDS, CoordinatorRun, make_update, started
 
 from trainer_server.coordinator.advance import advance, next_deadline
 from trainer_server.coordinator.events import (
@@ -22,7 +22,7 @@ from trainer_server.coordinator.events import (
 )
 from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.state import initial_state
-from trainer_server.coordinator.waiting import WAITS_AFTER
+from trainer_server.coordinator.waiting import WAITS_AFTER, remedy
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 
 BUDGET = "its --max-epsilon 4 would be passed: ε 5 after this round"
@@ -72,6 +72,17 @@ def test_a_run_that_too_few_devices_can_go_on_with_waits_and_names_them(
     assert (run.announced.round, next_deadline(run.plan, run.state)) == (number, float("inf"))
     assert not run.state.slowest  # the wait lengthens no later deadline
     assert Checkpoint.of(run.state).state(vectors_of(run.state)).waiting
+
+
+@pytest.mark.parametrize(
+    ("config", "offered"),
+    [({"min_updates": 2}, True), ({"min_updates": 1}, False), ({"secure": True, "aggregation": MEAN}, False)],
+)
+def test_a_lower_min_updates_is_offered_only_if_the_run_can_have_it(
+    vit: Built, config: dict[str, object], offered: bool
+) -> None:
+    run = started(vit, **config)
+    assert ("a lower --min-updates" in remedy(run.plan, run.state)) is offered
 
 
 def test_it_goes_on_in_the_same_round_when_enough_devices_can_answer(vit: Built) -> None:

@@ -43,7 +43,7 @@ from trainer_server.coordinator.former_head import why_rejected
 from trainer_server.coordinator.limits import MAX_STRETCH, UNMERGED, devices_in_share, round_seconds
 from trainer_server.coordinator.operator import Action, Operation, act
 from trainer_server.coordinator.receive import receive_status, receive_update, refuse_update
-from trainer_server.coordinator.records import ClosedRound, listed
+from trainer_server.coordinator.records import ClosedRound, listed, number_of
 from trainer_server.coordinator.refusals import (
     LEFT_OUT_SUMS,
     is_left_out,
@@ -63,7 +63,7 @@ from trainer_server.coordinator.secure_sums import MAX_REPEATS, asked_devices, s
 from trainer_server.coordinator.selection import announced_as, at_most, eligible_devices, select_devices
 from trainer_server.coordinator.sessions import ending, why_no_classes
 from trainer_server.coordinator.state import SUMS, TRAINING, Part, Plan, State, Step, after_hold
-from trainer_server.coordinator.waiting import REMEDY, is_short, must_wait, needed_updates, reason
+from trainer_server.coordinator.waiting import fewest_updates, is_short, must_wait, needed_updates, reason, remedy
 
 RAISE_TIMEOUT = "If this repeats, stop the server and resume with a longer --round-timeout"
 WITHOUT = {  # what a run does without a secure aggregation
@@ -138,7 +138,7 @@ def is_complete(plan: Plan, state: State, announced: Round) -> bool:
     if len(state.updates) < devices_in_share(share, len(state.expected) - len(state.unable)):
         return False  # without a look at each of ten thousand devices after every message
     answers = len(state.updates) if plan.config.max_staleness else len(state.answered & state.expected)
-    if len(state.updates) < _least(state, announced) or answers < devices_in_share(share, len(state.awaited)):
+    if len(state.updates) < fewest_updates(plan, state) or answers < devices_in_share(share, len(state.awaited)):
         return False
     if not _too_few(plan, state, announced):
         return True
@@ -165,7 +165,7 @@ def _maybe_start(plan: Plan, state: State, wall: float, now: float) -> tuple[Sta
         joined = f"only {ready} of {plan.config.devices} devices joined within {plan.config.join_timeout:.0f} s"
         return state, [Log(f"{joined}; the run starts without the others", warning=True), *commands]
     if timed_out:
-        count = f"{ready} device{'' if ready == 1 else 's'}"
+        count = number_of(ready, "device")
         error = (
             f"{count} joined within {plan.config.join_timeout:.0f} s, at least {least} must (--min-updates); check "
             f"that devices use --run {plan.config.run} and this broker, or raise --join-timeout"
@@ -187,8 +187,8 @@ def _open_round(
     selected = _selected(plan, state, step, number)
     if step.part is not None:
         if starts and step.part[0] in SUMS and len(state.ready) < MIN_DEVICES:
-            reason = f"{len(state.ready)} devices are online, and secure aggregation needs {MIN_DEVICES}"
-            return _skip_part(plan, state, step.part, reason, now)
+            few = f"it needs {MIN_DEVICES} devices, and {len(state.ready)} can take part"
+            return _skip_part(plan, state, step.part, few, now)
         if step.part[0] is Stage.GLOBAL:
             level = secure_level(state, selected) if starts else state.secure.level
     if stage is Stage.CANARY and not selected:
@@ -261,7 +261,7 @@ def _selected(plan: Plan, state: State, step: Step, number: int) -> frozenset[st
         selected = select_devices(plan.config, eligible, state.sal.level, number, least)
     if step.part is not None:  # the same ones in all of its rounds
         return frozenset(lowest(selected, MAX_NAMED, plan.config.seed, plan.positions_of(step.part).start))
-    return at_most(selected, state.ready, plan.config.seed, number)
+    return at_most(selected, state.ready, state.excluded, plan.config.seed, number)
 
 
 def _end_of_time(
@@ -300,16 +300,11 @@ def _leave_out_silent(plan: Plan, state: State, working: frozenset[str]) -> tupl
     return replace(state, silent=silent), [Log(text, warning=True)]
 
 
-def _least(state: State, announced: Round) -> int:
-    """The fewest updates that a round closes with."""
-    return MIN_REPORTS if announced.stage is Stage.CANARY else state.limits.min_updates
-
-
 def _too_few(plan: Plan, state: State, closing: Round) -> str:
     """Why the updates of the round are too few, or ""."""
-    count, least = len(state.updates), _least(state, closing)
+    count, least = len(state.updates), fewest_updates(plan, state)
     if count < least:
-        return f"round {state.round} got {count} updates, fewer than {least}"
+        return f"round {state.round} got {number_of(count, 'update')}, fewer than {least}"
     return "" if plan.schedule[state.position].part is None else shortage(plan, state, closing)
 
 
@@ -361,7 +356,7 @@ def _close_round(plan: Plan, state: State, closing: Round, now: float) -> tuple[
     waits, silent = must_wait(plan, state), sorted(state.awaited & state.ready - state.answered)
     state, commands = _open_round(plan, replace(state, repeats=state.repeats + 1, stretch=1), position, now)
     if waits:
-        text = f"{too_few}; the run waits: {reason(plan, state)}. {REMEDY}"
+        text = f"{too_few}; the run waits: {reason(plan, state)}. {remedy(plan, state)}"
         return replace(state, waiting=True), [record, Log(text, warning=True), *commands]
     assert state.announced is not None
     lower = f" at level {state.announced.level}" if state.announced.level < closing.level else ""
@@ -376,7 +371,7 @@ def _go_on(plan: Plan, state: State, waited: Round, now: float) -> tuple[State, 
     able = frozenset(name for name in state.ready if waited.asks(name))
     state = replace(state, waiting=False, since=now, repeats=0)
     if len(able) >= needed_updates(plan, state):
-        text = f"round {waited.round} goes on: {len(able)} devices can answer now"
+        text = f"round {waited.round} goes on: {number_of(len(able), 'device')} can answer now"
         return replace(state, expected=state.expected | able), [Log(text)]
     record = _record(state, waited, now, "it waited for devices that it did not ask")
     state, commands = _open_round(plan, state, state.position, now)
@@ -388,7 +383,8 @@ def _roll_back(plan: Plan, state: State, rollback: Rollback, now: float) -> tupl
     text = f"rolled back to the global expert of round {rollback.round}"
     if state.announced is None:  # before the first round of a session
         returned = rolled_back(plan, state, 0)
-        return replace(returned, standing=state.standing.with_news()), [Log(text, warning=True)]
+        start = returned.expert[: plan.bundle.expert.size(returned.sal.level)]
+        return replace(returned, start=start, standing=state.standing.with_news()), [Log(text, warning=True)]
     records = [] if state.announced.stage is Stage.FINISHED else [_record(state, state.announced, now, text)]
     position = restart_position(plan, state.position)
     returned = replace(rolled_back(plan, state, position), repeats=0, stretch=1)

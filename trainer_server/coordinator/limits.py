@@ -79,6 +79,12 @@ def check_change(config: RunConfig, changed: Limits) -> None:
             f"--min-updates {changed.min_updates} is more than --devices {config.devices}: no round could close; "
             "lower it"
         )
+    if not config.standing and (changed.every is not None or changed.min_new > 1):
+        option = f"--min-new {changed.min_new}" if changed.every is None else f"--every {changed.every}"
+        raise ConfigError(
+            f"{option}: the run does not begin again, because it was started without --schedule and --every; start a "
+            "new run with one of them and --from"
+        )
     if config.secure and changed.min_updates < MIN_DEVICES:
         raise ConfigError(
             f"--min-updates {changed.min_updates}: with --secure a sum needs at least {MIN_DEVICES} devices"

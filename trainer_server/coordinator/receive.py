@@ -16,7 +16,7 @@ def receive_status(plan: Plan, state: State, status: DeviceStatus) -> tuple[Stat
     before = state.devices.get(status.device)
     if before is None and len(state.devices) >= (most := plan.config.most_devices):
         forgettable = (name for name, known in state.devices.items() if not known.online and name not in state.expected)
-        offline = min(forgettable, default=None)
+        offline = min(forgettable, default=None) if status.online else None
         if offline is None:
             return state, [CountRefusal(status.device, "too many devices", f"more than {most} devices")]
         # a run that lasts for years sees devices come and go; one that is forgotten announces itself when it comes back

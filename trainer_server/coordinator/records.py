@@ -102,6 +102,11 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
+def number_of(count: int, noun: str) -> str:
+    """Like 1 device, 2 devices."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def rare_devices(counts: Mapping[str, int], rounds: int, known: Iterable[str], fraction: float) -> dict[str, int]:
     """The number of training rounds that a device took part in, for each one that did so in less than half of those
     that it should be in: a `fraction` of the `rounds`. `counts`: by device. `known`: devices that have announced

@@ -41,6 +41,7 @@ from fedfmsl.protocol.secure_sums import (
     thin_level,
     vector_of,
 )
+from trainer_server.coordinator.records import number_of
 from trainer_server.coordinator.state import NO_SUMS, TRAINING, Plan, SecureSums, State
 
 MAX_REPEATS = 2  # before the run goes on without the sums
@@ -63,7 +64,7 @@ def shortage(plan: Plan, state: State, closing: Round) -> str:
     """Why the updates of a round of the secure sums are too few, or ""."""
     answered, count = _answered(state), len(state.answered)
     if count < MIN_DEVICES:
-        return f"round {state.round} got {count} updates, and secure aggregation needs {MIN_DEVICES}"
+        return f"round {state.round} got {number_of(count, 'update')}, and secure aggregation needs {MIN_DEVICES}"
     if closing.stage is Stage.KEYS or not plan.masks:
         return ""
     roster = _roster(plan, state.secure)

@@ -47,9 +47,11 @@ def announced_as(
     return {"unasked": tuple(unasked), "draw": Draw(seed, bound) if is_draw else None}
 
 
-def at_most(selected: frozenset[str], ready: Collection[str], seed: int, round_: int) -> frozenset[str]:
+def at_most(
+    selected: frozenset[str], ready: Collection[str], excluded: Collection[str], seed: int, round_: int
+) -> frozenset[str]:
     """These of the ready devices, or a draw of MAX_NAMED of them if an announcement can select no more."""
-    is_short = "chosen" not in announced_as(selected, ready, (), seed, round_)
+    is_short = "chosen" not in announced_as(selected, ready, excluded, seed, round_)
     return selected if is_short else frozenset(lowest(selected, MAX_NAMED, seed, round_))
 
 

@@ -41,8 +41,8 @@ class Standing(Message):
         return self.model_copy(update={"needs_news": False})
 
     def seen(self, status: DeviceStatus) -> Standing:
-        """A device that has used samples since then has fewer unused ones."""
-        if status.new_samples >= self.unused.get(status.device, 0):
+        """A device that has used samples since then has fewer unused ones. A last will says nothing about samples."""
+        if not status.online or status.new_samples >= self.unused.get(status.device, 0):
             return self
         return self.model_copy(update={"unused": {**self.unused, status.device: status.new_samples}})
 

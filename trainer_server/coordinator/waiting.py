@@ -12,22 +12,21 @@ from collections.abc import Collection, Mapping
 from fedfmsl.algorithms.secure_aggregation import MIN_DEVICES
 from fedfmsl.protocol.messages import DeviceStatus, Stage
 from trainer_server.config import MIN_REPORTS
-from trainer_server.coordinator.records import listed
+from trainer_server.coordinator.records import listed, number_of
 from trainer_server.coordinator.state import Plan, State
 
 WAITS_AFTER = 3  # repeats in a row
-REMEDY = (
-    "It goes on by itself once enough can. Otherwise include devices on the console, stop the server and resume with a "
-    "lower --min-updates, or with --max-repeats, which ends it"
-)
+
+
+def fewest_updates(plan: Plan, state: State) -> int:
+    """The fewest updates that the present round closes with."""
+    return MIN_REPORTS if plan.schedule[state.position].stage is Stage.CANARY else state.limits.min_updates
 
 
 def needed_updates(plan: Plan, state: State) -> int:
-    """How many updates the present round needs."""
-    step, least = plan.schedule[state.position], state.limits.min_updates
-    if step.stage is Stage.CANARY:
-        return MIN_REPORTS
-    return least if step.part is None else max(least, MIN_DEVICES)
+    """How many updates the present round needs, also for secure aggregation."""
+    least = fewest_updates(plan, state)
+    return least if plan.schedule[state.position].part is None else max(least, MIN_DEVICES)
 
 
 def must_wait(plan: Plan, state: State) -> bool:
@@ -48,14 +47,26 @@ def reason(plan: Plan, state: State) -> str:
     return shortage_of(needed_updates(plan, state), plan.config.devices, state.devices, state.excluded)
 
 
+def remedy(plan: Plan, state: State) -> str:
+    """What the operator can do. A lower --min-updates only if the run can have it (`limits.check_change`)."""
+    lowest = MIN_DEVICES if plan.config.secure else 1
+    can_be_lower = state.limits.min_updates > lowest and plan.config.privacy is None
+    lower = "a lower --min-updates, or with " if can_be_lower else ""
+    return (
+        "It goes on by itself once enough can. Otherwise include devices on the console, or stop the server and resume "
+        f"with {lower}--max-repeats, which ends it"
+    )
+
+
 def shortage_of(needed: int, expected: int, devices: Mapping[str, DeviceStatus], excluded: Collection[str]) -> str:
     """How many devices must answer, how many can, and why each of the others cannot. `expected`: those of --devices."""
     missing = {name: why for name, status in sorted(devices.items()) if (why := absence(status, name in excluded))}
     able = len(devices) - len(missing)
     others = [f"{name} ({why})" for name, why in missing.items()]
-    unknown = f"; {expected - len(devices)} of --devices {expected} have never been online"
+    absent = f"; {expected - len(devices)} of --devices {expected} have never been online"
+    unknown = absent if len(devices) < expected else ""
     names = f". Missing: {listed(others)}" if others else ""
-    return f"{needed} devices must answer and {able} can{names}{unknown if len(devices) < expected else ''}"
+    return f"{number_of(needed, 'device')} must answer and {able} can{names}{unknown}"
 
 
 def absence(status: DeviceStatus, is_excluded: bool) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fedfmsl.protocol.messages import DeviceStatus
 from trainer_server.coordinator.events import Command, StatusSeen
 from trainer_server.coordinator.state import State
 from trainer_server.storage.run_store import LoggedEvent
 from trainer_server.storage.update_files import Place
 
 # By device: its latest status that changed the state. An offline status follows the latest online one, because only the
-# instance in that one shows whether the offline status belongs to the same process.
+# instance in that one shows whether the offline status belongs to the same process. Before it comes an earlier one with
+# fewer new samples: the device has used the others in between (`trainer_server.coordinator.standing`).
 Statuses = dict[str, list[LoggedEvent]]
 
 
@@ -32,14 +34,19 @@ class Batch:
 
     def add_status(self, event: StatusSeen) -> None:
         status = event.status
-        previous = self.statuses.get(status.device, [])[:1]
-        online = [one for one in previous if isinstance(one.event, StatusSeen) and one.event.status.online]
-        logged = LoggedEvent(self.now, event)
-        self.statuses[status.device] = [logged] if status.online else [*online, logged]
+        kept = [one for one in self.statuses.get(status.device, []) if _status(one).online]
+        if status.online:
+            kept = [one for one in kept if _status(one).new_samples < status.new_samples][:1]
+        self.statuses[status.device] = [*kept, LoggedEvent(self.now, event)]
 
     @property
     def events(self) -> list[LoggedEvent]:
         return [*flatten(self.statuses), *self.updates]
+
+
+def _status(logged: LoggedEvent) -> DeviceStatus:
+    assert isinstance(logged.event, StatusSeen)
+    return logged.event.status
 
 
 def flatten(statuses: Statuses) -> list[LoggedEvent]:

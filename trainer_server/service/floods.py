@@ -27,9 +27,10 @@ class _Waste:
 class FloodGuard:
     """Counts what devices send. `dropped`: the devices that are ignored."""
 
-    def __init__(self, largest_update: int, devices: int) -> None:
-        """`largest_update`: bytes of its blob. `devices`: the most names that are counted in a window."""
-        self.dropped: set[str] = set()
+    def __init__(self, largest_update: int, devices: int, dropped: set[str]) -> None:
+        """`largest_update`: bytes of its blob. `devices`: the most names that are counted in a window. `dropped`: the
+        devices that are ignored already; others are added to it."""
+        self.dropped = dropped
         self._largest, self._devices = largest_update, devices
         self._chunk_bytes = CHUNK_BYTES
         self._waste: dict[str, _Waste] = {}

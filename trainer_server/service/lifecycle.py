@@ -156,10 +156,10 @@ def run_server(
         # a client id of its own: amqtt would not tell the older one of two servers with one client id
         client_id = topics.client_id("server", secrets.token_hex(8))
         link = Link(broker, client_id, will, identity=identity, insecure=insecure, keepalive=keepalive)
-        return Service(plan, state, at, store, link, status, topics, figures, allowed, wall)
+        return Service(plan, state, at, store, link, status, topics, figures, flooding, allowed, wall)
 
     with store.locked(), log_to_folder(store.folder, log_bytes):
-        figures = Figures.of_run(store)
+        figures, flooding = Figures.of_run(store), set[str]()
         service = opened(bundle, changes)
         if metrics:
             from fedfmsl.transport.metrics import serve_metrics

@@ -46,6 +46,7 @@ from trainer_server.coordinator.events import (
     UpdateSeen,
 )
 from trainer_server.coordinator.operator import Action, Operation
+from trainer_server.coordinator.records import number_of
 from trainer_server.coordinator.sessions import approved
 from trainer_server.coordinator.state import Plan, State
 from trainer_server.service.batch import Batch, Statuses, flatten
@@ -89,11 +90,13 @@ class Service:
         status: ServerStatus,
         topics: Topics,
         figures: Figures,
+        flooding: set[str],
         allowed: frozenset[str] | None = None,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """`state` was the state at second `at` of the run's clock. `figures`: of all sessions since the server's start.
-        `allowed`: the devices that may take part. `wall`: the wall clock, in unix seconds."""
+        """`state` was the state at second `at` of the run's clock. `figures` and `flooding`, the devices that are
+        ignored: of all sessions since the server's start; the service adds to them. `allowed`: the devices that may
+        take part. `wall`: the wall clock, in unix seconds."""
         self._allowed = allowed
         self._plan = plan
         self._state = state
@@ -106,8 +109,8 @@ class Service:
         self._publisher = Publisher(link, self._topics, status)
         self._guard = DuplicateServerGuard(plan.session)
         self._liveness = Liveness(plan.config.most_devices)
-        self._floods = FloodGuard(blob_bytes(plan.largest_update), plan.config.most_devices)
-        self._sweeper = Sweeper(link, topics, self._floods.dropped)
+        self._floods = FloodGuard(blob_bytes(plan.largest_update), plan.config.most_devices, flooding)
+        self._sweeper = Sweeper(link, topics, flooding)
         self._refusals = Refusals()
         self._statuses: Statuses = {}  # not in the store yet
         self._unapplied: list[StatusSeen] = []  # of a batch that could not be stored
@@ -152,8 +155,7 @@ class Service:
         self._connect(self._state)
         if self._state.announced is None and self._state.round == 0:
             config = self._plan.config
-            count = f"{config.devices} device{'s' if config.devices > 1 else ''}"
-            logger.info("waiting up to %.0f s for %s", config.join_timeout, count)
+            logger.info("waiting up to %.0f s for %s", config.join_timeout, number_of(config.devices, "device"))
         try:
             self._keep_expert()
             self._obey()  # a finished run goes on if it is rolled back
@@ -439,7 +441,7 @@ class Service:
         ticked = ClockTicked(self._liveness.working(now) if overdue else frozenset(), self._clock.wall())
         try:
             state, commands = advance(self._plan, self._state, ticked, now)
-        except OSError as error:  # no disk space for the aggregation, or no descriptor to read an update
+        except (OSError, sqlite3.Error) as error:  # no disk space for the aggregation, or an update cannot be read now
             self._wait_for_disk(error)
             return
         if not commands:

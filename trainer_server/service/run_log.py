@@ -53,7 +53,7 @@ def log_round(announced: Round, selected: int) -> None:
     logger.info("round %d: %s, level %d%s", announced.round, where, announced.level, asked)
 
 
-def log_standing(paused: bool, excluded: Collection[str]) -> None:
+def log_operator_state(paused: bool, excluded: Collection[str]) -> None:
     """When a server starts: what the operator has done to the run before."""
     if paused:
         logger.warning("the run is paused %s", PAUSED)

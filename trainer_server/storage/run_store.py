@@ -301,9 +301,9 @@ class RunStore:
             self._count(refusals or {})
             self._db.execute("UPDATE run SET origin = ?", (origin.model_dump_json(),))
         self.origin = origin
-        self.updates.begin()
         self._touch()
         with contextlib.suppress(OSError):  # the session has begun
+            self.updates.begin()
             self._sweep()
             for path in (self.folder / TASKS).iterdir():
                 if path.name not in (origin.task, origin.first.task):
@@ -504,7 +504,7 @@ class RunStore:
         )
         return dict(self._db.execute(query).fetchall())
 
-    def standing(self) -> tuple[bool, frozenset[str]]:
+    def paused_and_excluded(self) -> tuple[bool, frozenset[str]]:
         """Whether the operator has paused the run, and the devices that the operator has excluded."""
         last = "SELECT coalesce(max(seq), 0) FROM checkpoints"
         rows = self._db.execute(f"SELECT body FROM events WHERE kind = 'operator' AND seq > ({last}) ORDER BY seq")
