@@ -111,6 +111,12 @@ class Settings(PredictSettings, LogSettings):
         json_schema_extra=SAMPLES,
     )
 
+    propose: bool = Field(
+        True,
+        description="Send the names of class folders that the run does not have, with their numbers of files, so that "
+        "the operator can add them.",
+        json_schema_extra=SAMPLES,
+    )
     rehearse: int = Field(
         0,
         ge=0,

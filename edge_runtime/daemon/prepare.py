@@ -115,7 +115,7 @@ def prepare(daemon: Daemon, anew: bool) -> Prepared:
     reader = SampleReader(reader_of(bundle))
     kind = reader.kind
     most = largest_extent(settings.memory)
-    folder = SampleFolder(settings.images, bundle, store, settings.labels, reader, most, settings.run)
+    folder = SampleFolder(settings.images, bundle, store, settings.labels, reader, most, settings.run, settings.propose)
     try:
         scanned = folder.scan(FIRST_SCAN_SECONDS, report)
     except InputError as error:

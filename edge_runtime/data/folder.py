@@ -49,10 +49,11 @@ class SampleFolder:
         reader: SampleReader | None = None,
         most: int = UNLIMITED,
         run: str = "",
+        proposes: bool = True,
     ) -> None:
         """`labels` is a CSV file (see `edge_runtime.data.labels`). `reader` is shared with the feature cache; default:
         a new one. A file that takes more than `most` bytes of memory to read is skipped. `run`: whose rounds
-        make samples old. Raises ConfigError or BundleError as `reader_of` does."""
+        make samples old. `proposes`: whether new classes are proposed. Raises ConfigError or BundleError as `reader_of` does."""
         self.path = folder
         self._classes = {name: label for label, name in enumerate(bundle.classes)}
         self._preprocessing = f"{bundle.manifest.preprocessing.model_dump_json()} {DECODING}"
@@ -61,6 +62,7 @@ class SampleFolder:
         self._labels = labels
         self._most = most
         self._run = run
+        self._proposes = proposes
         self._largest: int | None = None  # extent of the largest sample that the memory plan covers
 
     def scan(self, wait: float = 0.0, report: Report = lambda *_: None) -> Splits:
@@ -81,6 +83,8 @@ class SampleFolder:
             results = list(self._results(ledger, listing.files, report))
             kept = ledger.splits({result.sha256 for result in results if isinstance(result, Sample)})
             splits = _assign(listing, results, tuple(self._classes), kept)
+            if self._proposes:
+                splits = replace(splits, proposed=proposed_classes(listing.unknown, tuple(self._classes)))
             _require_training_samples(splits, self.path, self._reader.kind)
             used = ledger.trained(self._run)
             ledger.forget_others({file.name for file in listing.files})  # after the check: an unmounted disk is empty
@@ -183,8 +187,7 @@ def _assign(
             tests += [sample for sample, is_test in same if is_test][:1]
     tests.sort(key=lambda sample: (classes[sample.label], sample.sha256))
     splits = assign_splits(samples, None if listing.test is None else tests, kept)
-    proposed = proposed_classes(listing.unknown, classes)
-    return replace(splits, skipped=(*skipped, *splits.skipped), proposed=proposed)
+    return replace(splits, skipped=(*skipped, *splits.skipped))
 
 
 def _require_training_samples(splits: Splits, folder: Path, kind: Kind) -> None:

@@ -65,7 +65,9 @@ def check_samples(settings: Settings, context: Context) -> Iterator[Finding]:
     reader = SampleReader(reader_of(context.bundle))
     scratch = DeviceStore(context.scratch)
     most = largest_extent(settings.memory)
-    folder = SampleFolder(settings.images, context.bundle, scratch, settings.labels, reader, most)
+    folder = SampleFolder(
+        settings.images, context.bundle, scratch, settings.labels, reader, most, proposes=settings.propose
+    )
     try:
         splits = folder.scan()
     except NothingToTrainError as error:

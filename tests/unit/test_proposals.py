@@ -45,6 +45,13 @@ def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Daemon:
     return Daemon(settings, link, TOPICS, store, "d", HealthReporter(link, TOPICS, "d", store, Readings))
 
 
+def test_without_proposals_no_name_of_a_new_class_leaves_the_device(daemon: Daemon, vit: Built) -> None:
+    photos = daemon.settings.images
+    set_dates(write_photos(photos, 3, [CLASSES[0], "fig"]))
+    scanned = [SampleFolder(photos, vit.bundle, daemon.store, proposes=each).scan().proposed for each in (True, False)]
+    assert scanned == [{"fig": 3}, {}]
+
+
 @pytest.mark.parametrize("news", ["task", "photos"])
 def test_a_device_with_new_classes_only_proposes_them_until_it_can_train(daemon: Daemon, vit: Built, news: str) -> None:
     photos = daemon.settings.images
