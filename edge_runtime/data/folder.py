@@ -53,7 +53,8 @@ class SampleFolder:
     ) -> None:
         """`labels` is a CSV file (see `edge_runtime.data.labels`). `reader` is shared with the feature cache; default:
         a new one. A file that takes more than `most` bytes of memory to read is skipped. `run`: whose rounds
-        make samples old. `proposes`: whether new classes are proposed. Raises ConfigError or BundleError as `reader_of` does."""
+        make samples old. `proposes`: whether new classes are proposed. Raises ConfigError or BundleError as `reader_of`
+        does."""
         self.path = folder
         self._classes = {name: label for label, name in enumerate(bundle.classes)}
         self._preprocessing = f"{bundle.manifest.preprocessing.model_dump_json()} {DECODING}"

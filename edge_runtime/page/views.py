@@ -134,7 +134,12 @@ def _question(desk: Desk, request: Request, problem: str = "", status: int = 200
     classes = desk.queue.classes
     asked = desk.asking.next(1) if desk.watched and classes else []
     last = desk.answers.undoable()
-    names = (*classes, *desk.destination.new_classes) if classes else ()
+    new: tuple[str, ...] = ()
+    try:
+        new = desk.destination.new_classes if classes else ()
+    except InputError as error:  # the disk of the samples is away
+        problem = problem or str(error)
+    names = (*classes, *new)
     values: dict[str, Any] = {
         "problem": problem,
         "watched": desk.watched,

@@ -28,18 +28,11 @@ class PersistentMap(Mapping[K, V]):
 
     def with_item(self, key: K, value: V) -> PersistentMap[K, V]:
         """This map with a new or another value of `key`."""
-        return self._with_bucket(key, {**self._bucket(key), key: value})
-
-    def without(self, key: K) -> PersistentMap[K, V]:
-        """This map without `key`."""
-        return self._with_bucket(key, {other: value for other, value in self._bucket(key).items() if other != key})
-
-    def _with_bucket(self, key: K, bucket: dict[K, V]) -> PersistentMap[K, V]:
-        """This map with another bucket in place of that of `key`."""
         changed: PersistentMap[K, V] = PersistentMap.__new__(PersistentMap)
+        before = self._bucket(key)
         changed._buckets = self._buckets.copy()
-        changed._buckets[hash(key) % BUCKETS] = bucket
-        changed._count = self._count + len(bucket) - len(self._bucket(key))
+        changed._buckets[hash(key) % BUCKETS] = {**before, key: value}
+        changed._count = self._count + (key not in before)
         return changed
 
     def _bucket(self, key: object) -> dict[K, V]:

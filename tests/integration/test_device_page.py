@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -192,3 +193,9 @@ def test_no_address_leads_to_another_file(path: str, url: str, browser: Chromium
     assert context.request.get(url + path).status == 404
     assert context.request.post(f"{url}ask", form={"class": "0", "file-1": "on"}).status == 403  # no CSRF token
     context.close()
+
+
+def test_a_question_is_shown_while_the_disk_of_the_samples_is_away(desk: Desk, url: str) -> None:
+    desk.answers._destination.images.rmdir()
+    answer = urlopen(f"{url}ask").read().decode()
+    assert 'name="file-1"' in answer and str(desk.answers._destination.images) in answer

@@ -21,10 +21,6 @@ def test_each_version_keeps_its_items() -> None:
         assert (dict(found), len(found), found) == (items, len(items), PersistentMap(items))
         assert all(key in found and found[key] == value for key, value in items.items())
     latest = versions[-1][0]
-    gone = next(iter(latest))
-    left = latest.without(gone)
-    assert dict(left) == {key: value for key, value in latest.items() if key != gone} and len(left) == len(latest) - 1
-    assert gone in latest and left.without(gone) == left
     assert (-1 in latest, latest.get(-1)) == (False, None)
     with pytest.raises(KeyError):
         latest[-1]

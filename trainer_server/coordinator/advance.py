@@ -42,7 +42,7 @@ from trainer_server.coordinator.events import (
 from trainer_server.coordinator.former_head import why_rejected
 from trainer_server.coordinator.limits import MAX_STRETCH, UNMERGED, devices_in_share, round_seconds
 from trainer_server.coordinator.operator import Action, Operation, act
-from trainer_server.coordinator.receive import receive_status, receive_update, refuse_update
+from trainer_server.coordinator.receive import receive_status, receive_update, refuse_update, with_room
 from trainer_server.coordinator.records import ClosedRound, listed, number_of
 from trainer_server.coordinator.refusals import (
     LEFT_OUT_SUMS,
@@ -86,7 +86,7 @@ def advance(plan: Plan, state: State, event: Event, now: float) -> tuple[State, 
     if isinstance(event, LimitsChanged):
         changes = [Log(text) for text in state.limits.differences(event.limits)]
         if state.waiting and event.limits.max_repeats is not None:  # the run may end now instead
-            state = replace(state, waiting=False, since=now)
+            state = replace(state, waiting=False, since=now if state.held_at is None else state.held_at)
         return (replace(state, limits=event.limits), [*changes]) if changes else (state, [])
     if isinstance(event, OperatorActed):
         if impossible := _why_not(plan, state, event.operation):
@@ -181,6 +181,7 @@ def _open_round(
     session instead, if it is not the end of the run."""
     if not is_end and (ends := ending(plan, state, position)):
         return state, ends
+    state = with_room(plan, state)
     config, number, step = plan.config, state.round + 1, plan.schedule[position]
     stage, level = step.stage, state.sal.level
     starts = step.part is None or position == plan.positions_of(step.part).start

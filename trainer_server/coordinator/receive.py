@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fedfmsl.common.persistent_map import PersistentMap
 from fedfmsl.protocol.messages import Ack, DeviceStatus, Verdict
 from trainer_server.coordinator.events import Command, CountRefusal, Log, SendAck, UpdateSeen
 from trainer_server.coordinator.limits import UNMERGED
@@ -11,16 +12,13 @@ from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, LEFT_OUT_ROUNDS,
 from trainer_server.coordinator.state import Accepted, Plan, State
 from trainer_server.coordinator.validation import validate_update
 
+FULL = 0.75  # of the devices that a run accepts
+
 
 def receive_status(plan: Plan, state: State, status: DeviceStatus) -> tuple[State, list[Command]]:
     before = state.devices.get(status.device)
     if before is None and len(state.devices) >= (most := plan.config.most_devices):
-        forgettable = (name for name, known in state.devices.items() if not known.online and name not in state.expected)
-        offline = min(forgettable, default=None) if status.online else None
-        if offline is None:
-            return state, [CountRefusal(status.device, "too many devices", f"more than {most} devices")]
-        # a run that lasts for years sees devices come and go; one that is forgotten announces itself when it comes back
-        state = replace(state, devices=state.devices.without(offline))
+        return state, [CountRefusal(status.device, "too many devices", f"more than {most} devices")]
     stale = before is not None and not status.online and status.instance != before.instance
     known = before is not None and bool(before.error) and not (before.online or status.online or status.error)
     if stale or known:  # the last will of an earlier process, or of one that has said why it ends
@@ -40,6 +38,15 @@ def receive_status(plan: Plan, state: State, status: DeviceStatus) -> tuple[Stat
         commands.append(Log(f"{status.device} {f'paused: {status.paused}' if status.paused else 'resumes'}"))
     devices = state.devices.with_item(status.device, status)
     return replace(state, devices=devices, standing=state.standing.seen(status)), commands
+
+
+def with_room(plan: Plan, state: State) -> State:
+    """The state without the devices that are offline, if the run knows many. Over years devices come and go; one that
+    comes back announces itself."""
+    if len(state.devices) <= FULL * plan.config.most_devices:
+        return state
+    kept = {name: known for name, known in state.devices.items() if known.online or name in state.expected}
+    return replace(state, devices=PersistentMap(kept))
 
 
 def receive_update(plan: Plan, state: State, event: UpdateSeen, now: float) -> tuple[State, list[Command]]:

@@ -140,7 +140,7 @@ def run_server(
         plan = replace(plan, check_keys=_key_check(identity))
         state = change_limits(store, plan, state, at, changes)
         if state.announced is None:  # the join timeout starts again
-            state = replace(state, since=at)
+            state = replace(state, since=at if state.held_at is None else state.held_at)
         status = ServerStatus(
             online=True,
             run=plan.config.run,
