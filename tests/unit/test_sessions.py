@@ -214,6 +214,24 @@ def test_a_class_that_is_added_before_the_first_round_needs_no_global_expert(vit
     assert len(store.rounds()) == 1 + 3 + 1 + 1 + 1
 
 
+@pytest.mark.parametrize("prepares", [True, False])
+def test_the_first_round_with_a_class_waits_for_the_devices_that_have_it(
+    vit: Built, tmp_path: Path, prepares: bool
+) -> None:
+    server = until(opened(vit, tmp_path / "run", min_updates=1), Stage.GLOBAL)
+    holder = CoordinatorRun(server.plan).status("c")
+    server.feed(StatusSeen(holder.model_copy(update={"proposed": {"quince": 4}})))
+    server = changed(server)
+    server.feed(ClockTicked())
+    assert server.state.announced is None
+    if prepares:
+        server.feed(StatusSeen(holder))
+    else:
+        server.now = next_deadline(server.plan, server.state)
+    server.feed(ClockTicked())
+    assert server.state.announced is not None and server.state.announced.asks("c")
+
+
 def test_what_the_operator_has_set_goes_on(vit: Built, tmp_path: Path) -> None:
     server = until(opened(vit, tmp_path / "run", min_updates=1), Stage.GLOBAL)
     server.feed(OperatorActed(Operation(action=Action.EXCLUDE, device="c")))

@@ -42,7 +42,7 @@ def receive_status(plan: Plan, state: State, status: DeviceStatus) -> tuple[Stat
     return replace(state, devices=devices, standing=state.standing.seen(status)), commands
 
 
-def with_room(plan: Plan, state: State) -> State:
+def without_offline(plan: Plan, state: State) -> State:
     """The state without the devices that are offline, if the run knows many. Over years devices come and go; one that
     comes back announces itself."""
     if len(state.devices) <= FULL * plan.config.most_devices:

@@ -79,6 +79,17 @@ def why_no_classes(plan: Plan, state: State, names: Sequence[str]) -> str:
     return ""
 
 
+def unprepared(plan: Plan, state: State) -> frozenset[str]:
+    """The devices that are online and whose latest status still proposes a class of the task: they have samples of it,
+    and are not prepared for the task yet."""
+    classes = {*plan.bundle.classes}
+    return frozenset(
+        name
+        for name, status in state.devices.items()
+        if status.online and status.proposed and name not in state.excluded and not classes.isdisjoint(status.proposed)
+    )
+
+
 def first_state(plan: Plan, before: State, begins: BeginSession, now: float) -> State:
     """The state in which the session of `plan` begins, after a session that has ended in the state `before`. It begins
     with the devices that are online, like a round, and with a global expert that is compared with none."""
