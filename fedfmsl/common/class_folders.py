@@ -183,9 +183,14 @@ def unknown_class(classes: Sequence[str]) -> str:
 
 def similar(label: str, classes: Sequence[str]) -> str:
     """A hint at a class whose name differs only in case or outer spaces. "": there is none."""
-    plain = label.strip().casefold()
-    near = next((name for name in classes if name.strip().casefold() == plain), None)
+    plain = plain_name(label)
+    near = next((name for name in classes if plain_name(name) == plain), None)
     return f"did you mean {near!r}?" if near else ""
+
+
+def plain_name(name: str) -> str:
+    """A name without case and outer spaces. Two classes whose plain names are equal are more likely one."""
+    return name.strip().casefold()
 
 
 def _entries(folder: Path, noun: str, skipped: list[SkippedFile], kept: Collection[str]) -> list[Entry]:

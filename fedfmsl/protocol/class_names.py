@@ -18,6 +18,8 @@ MAX_CLASSES = 4096  # messages have a number for each class
 LISTED = 5  # names in a list for people
 SHOWN = 60  # characters of a name in an error
 BREAKS = ("Cc", "Zl", "Zp")  # Unicode categories: control characters, line and paragraph separators
+# Unicode's bidirectional types of embeddings, overrides and isolates: a log line or a table would not be as it reads
+TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 def check_names(names: Sequence[str], source: str) -> tuple[str, ...]:
@@ -55,6 +57,8 @@ def fault(name: str) -> str:
         return f"has {size} bytes; use at most {MAX_BYTES}"
     if any(unicodedata.category(character) in BREAKS for character in name):
         return "has a control character; rename it"
+    if any(unicodedata.bidirectional(character) in TURNS for character in name):
+        return "has a character that turns the direction of the text around it; rename it"
     if ".." in name.split("/"):
         return "has the path .. in it; rename it"
     if name.casefold() == UNKNOWN:

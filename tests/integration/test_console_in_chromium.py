@@ -119,7 +119,7 @@ def test_hostile_texts_a_thousand_devices_and_every_page_for_everyone(
     browser.problems.clear()
     text = f"{HOSTILE}{RIGHT_TO_LEFT}{'x' * 10_000}"
     folder = stored_run(tmp_path / "shops", vit, devices=1000, rounds=30, ended="finished", board=text)
-    task = Task(vit.bundle.sha256, (HOSTILE, RIGHT_TO_LEFT, "x" * 200))
+    task = Task(vit.bundle.sha256, (HOSTILE, "\u05e9\u05dc\u05d5\u05dd", "x" * 200))
     store = RunStore(folder)
     store.reset(store.origin.config, TaskBundle(vit.bundle, task))
     (folder / "notes.log").write_text(f"refused: {text}\n", encoding="utf-8")

@@ -250,6 +250,7 @@ def test_class_names_from_a_number_or_a_list(classes: str, names: tuple[str, ...
         ("cat,unknown", "class 'unknown' has the name that predictions use"),
         ("cat,../x", r"class '\.\./x' has the path \.\. in it"),
         ('cat,"a\nb"', r"class 'a\\nb' has a control character"),
+        ("cat,\u202egod", r"class '\\u202egod' has a character that turns the direction of the text"),
         ("cat,\udcc4pfel", r"class '\\udcc4pfel' is not UTF-8"),
         (f"cat,{'x' * 10_000}", f"class '{'x' * 60}…' has 10000 bytes; use at most 255$"),
         ("²", "needs at least two classes, got 1"),  # a digit, but no number

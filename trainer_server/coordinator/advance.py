@@ -42,7 +42,7 @@ from trainer_server.coordinator.events import (
 from trainer_server.coordinator.former_head import why_rejected
 from trainer_server.coordinator.limits import MAX_STRETCH, UNMERGED, devices_in_share, round_seconds
 from trainer_server.coordinator.operator import Action, Operation, act
-from trainer_server.coordinator.receive import receive_status, receive_update, refuse_update, with_room
+from trainer_server.coordinator.receive import receive_status, receive_update, refuse_update, without_offline
 from trainer_server.coordinator.records import ClosedRound, listed, number_of
 from trainer_server.coordinator.refusals import (
     LEFT_OUT_SUMS,
@@ -61,7 +61,7 @@ from trainer_server.coordinator.round_update import (
 )
 from trainer_server.coordinator.secure_sums import MAX_REPEATS, asked_devices, secure_level, shortage
 from trainer_server.coordinator.selection import announced_as, at_most, eligible_devices, select_devices
-from trainer_server.coordinator.sessions import ending, why_no_classes
+from trainer_server.coordinator.sessions import ending, unprepared, why_no_classes
 from trainer_server.coordinator.state import SUMS, TRAINING, Part, Plan, State, Step, after_hold
 from trainer_server.coordinator.waiting import fewest_updates, is_short, must_wait, needed_updates, reason, remedy
 
@@ -147,12 +147,13 @@ def is_complete(plan: Plan, state: State, announced: Round) -> bool:
 
 
 def _maybe_start(plan: Plan, state: State, wall: float, now: float) -> tuple[State, list[Command]]:
-    """A later session does not wait for all devices, like a round, and in a standing run for news."""
+    """A later session does not wait for all devices, like a round. It waits for those with samples of an added class,
+    and in a standing run for news."""
     if commands := ending(plan, state, 0):
         return state, commands
     timed_out, least = now >= next_deadline(plan, state), state.limits.min_updates
     wanted = plan.config.devices if state.round == 0 else least
-    if len(state.devices) < wanted and not timed_out:
+    if (len(state.devices) < wanted or unprepared(plan, state)) and not timed_out:
         return state, []
     if state.standing.needs_news and state.standing.lacks(state.limits, map(state.devices.__getitem__, state.ready)):
         return state, []
@@ -181,7 +182,7 @@ def _open_round(
     session instead, if it is not the end of the run."""
     if not is_end and (ends := ending(plan, state, position)):
         return state, ends
-    state = with_room(plan, state)
+    state = without_offline(plan, state)
     config, number, step = plan.config, state.round + 1, plan.schedule[position]
     stage, level = step.stage, state.sal.level
     starts = step.part is None or position == plan.positions_of(step.part).start

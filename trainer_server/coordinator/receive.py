@@ -23,6 +23,8 @@ def receive_status(plan: Plan, state: State, status: DeviceStatus) -> tuple[Stat
     known = before is not None and bool(before.error) and not (before.online or status.online or status.error)
     if stale or known:  # the last will of an earlier process, or of one that has said why it ends
         return state, []
+    if before is not None and not (status.online or status.error):  # a last will proposes nothing
+        status = status.model_copy(update={"proposed": before.proposed})
     commands: list[Command] = []
     if status.online and status.bundle != plan.bundle.sha256:
         error = f"it has another bundle ({status.bundle[:12]}…)"
@@ -40,7 +42,7 @@ def receive_status(plan: Plan, state: State, status: DeviceStatus) -> tuple[Stat
     return replace(state, devices=devices, standing=state.standing.seen(status)), commands
 
 
-def with_room(plan: Plan, state: State) -> State:
+def without_offline(plan: Plan, state: State) -> State:
     """The state without the devices that are offline, if the run knows many. Over years devices come and go; one that
     comes back announces itself."""
     if len(state.devices) <= FULL * plan.config.most_devices:
