@@ -90,7 +90,9 @@ class Prepared:
 
 def prepare(daemon: Daemon, anew: bool) -> Prepared:
     """Fetches bundle and task, scans the samples and measures the machine. `anew`: not for the first time, because the
-    server has announced another task. Raises RunOverError as `goes_on` does."""
+    server has announced another task. Without anything to train on a service waits, as does a device that proposes
+    classes or that could train before: `anew`. Raises RunOverError as `goes_on` does, and InputError as
+    `SampleFolder.scan`."""
     settings, store = daemon.settings, daemon.store
     threads = settings.thread_count
     announcer = Announcer(daemon.link, daemon.topics, daemon.name)
@@ -120,9 +122,10 @@ def prepare(daemon: Daemon, anew: bool) -> Prepared:
         scanned = folder.scan(FIRST_SCAN_SECONDS, report)
     except InputError as error:
         if not (known and _has_another_task(daemon, bundle)):
-            if not (isinstance(error, NothingToTrainError) and error.proposed):
+            empty = isinstance(error, NothingToTrainError)
+            if not (anew or (empty and (stays(settings) or proposed_by(error)))):
                 raise
-            wait_for_classes(daemon, bundle, folder, error)
+            wait_for_samples(daemon, bundle, folder, error)
         return prepare(daemon, anew=True)
     report("measuring", 0, 1)
     largest_sample = largest(scanned.samples, kind)
@@ -157,11 +160,18 @@ def _has_another_task(daemon: Daemon, bundle: TaskBundle) -> bool:
     return heard is not None and heard.task != bundle.task.sha256
 
 
-def wait_for_classes(daemon: Daemon, bundle: TaskBundle, folder: SampleFolder, error: NothingToTrainError) -> None:
-    """Proposes the classes of a device that has samples of no other ones, until the server announces another task or
-    there is something to train on. Raises InputError as `SampleFolder.scan` does."""
+def wait_for_samples(daemon: Daemon, bundle: TaskBundle, folder: SampleFolder, error: InputError) -> None:
+    """Waits until there is something to train on or the server announces another task. Meanwhile it publishes `error`,
+    why there is nothing, and proposes the new classes of the device. Raises RunOverError as `goes_on` does."""
     link, topics = daemon.link, daemon.topics
-    logger.warning(f"{error}; it proposes {describe_proposed(error.proposed)} and waits until one of them is added")
+    proposed = proposed_by(error)
+    waits = f"proposes {describe_proposed(proposed)} and waits until one is added" if proposed else "waits for samples"
+    logger.warning(f"{error}; the device {waits}")
+
+    def finished(_: ServerStatus, end: Round) -> bool:
+        leave_finished(daemon, end)
+        return False
+
     while True:
         status = DeviceStatus(
             device=daemon.name,
@@ -169,12 +179,12 @@ def wait_for_classes(daemon: Daemon, bundle: TaskBundle, folder: SampleFolder, e
             instance=INSTANCE,
             bundle=bundle.sha256,
             error=str(error),
-            proposed=dict(error.proposed),
+            proposed=proposed_by(error),
         )
         link.publish(topics.status(daemon.name), encode(status), retain=True)
         heartbeat = partial(daemon.health.heartbeat, Activity.PAUSED, paused=str(error))
         until = time.monotonic() + SCAN_SECONDS
-        heard = receive_server_status(link, topics, SCAN_SECONDS, heartbeat)
+        heard = receive_server_status(link, topics, SCAN_SECONDS, heartbeat, finished)
         if heard is not None and heard.task != bundle.task.sha256:
             return
         while time.monotonic() < until:
@@ -182,10 +192,15 @@ def wait_for_classes(daemon: Daemon, bundle: TaskBundle, folder: SampleFolder, e
             heartbeat()
         try:
             folder.scan()
-        except NothingToTrainError as again:
+        except InputError as again:  # also of a disk that is not mounted any more
             error = again
         else:
             return
+
+
+def proposed_by(error: InputError) -> dict[str, int]:
+    """The new classes of a device that cannot train because of `error`."""
+    return dict(error.proposed) if isinstance(error, NothingToTrainError) else {}
 
 
 def _wait_for_task(daemon: Daemon, own: str) -> tuple[ServerStatus, Task]:
@@ -232,9 +247,7 @@ def goes_on(daemon: Daemon, own: str, server: ServerStatus, end: Round) -> bool:
     and does not stay."""
     settings, store = daemon.settings, daemon.store
     daemon.health.run_finished = True
-    took_part = end.session == store.outbox.session
-    if took_part and not stays(settings):
-        raise RunOverError
+    took_part = leave_finished(daemon, end)
     has_bundle = server.bundle == own if own else stored_bundle(store.bundles, server.bundle) is not None
     if not took_part and end.expert and end.gate and has_bundle:
         return True
@@ -242,6 +255,14 @@ def goes_on(daemon: Daemon, own: str, server: ServerStatus, end: Round) -> bool:
     waiting = f"run {settings.run!r} has finished{lacks}; waiting for a new run of this name"
     logger.info(f"{waiting}; the model for predictions is {describe_model(store)}")
     return False
+
+
+def leave_finished(daemon: Daemon, end: Round) -> bool:
+    """Whether this device took part in the run that has finished. Raises RunOverError if it did and does not stay."""
+    took_part = end.session == daemon.store.outbox.session
+    if took_part and not stays(daemon.settings):
+        raise RunOverError
+    return took_part
 
 
 def stays(settings: Settings) -> bool:
