@@ -106,8 +106,10 @@ def test_status_and_a_server_that_starts_show_what_the_operator_has_done(
     act(Action.INCLUDE, Action.RESUME)
     assert {"paused", "excluded"} & as_json(store).keys() == set()
     view = ServerView(seen=time.time(), waits="2 devices must answer and 1 can", rests="until 2026-11-27 22:00")
-    Observations(store.folder).save(view, {})
+    Observations(store.folder).save(view, {"c": run.status("c", error="its disk is full")})
     assert rows(store).items() >= {"waits": view.waits, "rests": view.rests}.items()
+    assert rows(store)["cannot take part"] == "c (its disk is full)"
+    assert as_json(store)["cannot_take_part"] == {"c": "its disk is full"}
 
 
 def test_the_command_returns_to_a_kept_round_or_names_those_that_are_kept(store: RunStore) -> None:
