@@ -187,9 +187,7 @@ def wait_for_samples(daemon: Daemon, bundle: TaskBundle, folder: SampleFolder, e
         heard = receive_server_status(link, topics, SCAN_SECONDS, heartbeat, finished)
         if heard is not None and heard.task != bundle.task.sha256:
             return
-        while time.monotonic() < until:
-            link.next_event(POLL_SECONDS)
-            heartbeat()
+        _ignore_events(link, until, heartbeat)
         try:
             folder.scan()
         except InputError as again:  # also of a disk that is not mounted any more
@@ -209,10 +207,24 @@ def _wait_for_task(daemon: Daemon, own: str) -> tuple[ServerStatus, Task]:
     server is of an earlier version."""
     link, topics, store = daemon.link, daemon.topics, daemon.store
     logger.info(f"waiting for the server of run {topics.run!r}, which has the task")
-    finished = partial(goes_on, daemon, own)
-    task = None
+    ended: set[str] = set()  # sessions that this device does not go on with
+    told, task = False, None
+
+    def finished(server: ServerStatus, end: Round) -> bool:
+        if goes_on(daemon, own, server, end):
+            return True
+        ended.add(end.session)
+        return False
+
     while task is None:
         server = wait_for_server(link, topics, daemon.starting, finished=finished)
+        if server.session in ended and not server.bundle_url and not has_bundle(store, own, server):
+            if not told:
+                without = f"the server of run {topics.run!r} is back and does not serve its bundle"
+                logger.info(f"{without}; waiting for a new run of this name (or give --bundle)")
+            told = True
+            _ignore_events(link, time.monotonic() + SCAN_SECONDS, daemon.starting)
+            continue
         daemon.health.run_finished = False
         if not server.task:
             raise RunError(
@@ -221,6 +233,13 @@ def _wait_for_task(daemon: Daemon, own: str) -> tuple[ServerStatus, Task]:
             )
         task = receive_task(link, topics, server, store.tasks, daemon.name, daemon.starting)
     return server, task
+
+
+def _ignore_events(link: Link, until: float, heartbeat: Heartbeat) -> None:
+    """Until a time of the monotonic clock. A new subscription brings what is retained again."""
+    while time.monotonic() < until:
+        link.next_event(POLL_SECONDS)
+        heartbeat()
 
 
 def bundle_of(
@@ -248,13 +267,17 @@ def goes_on(daemon: Daemon, own: str, server: ServerStatus, end: Round) -> bool:
     settings, store = daemon.settings, daemon.store
     daemon.health.run_finished = True
     took_part = leave_finished(daemon, end)
-    has_bundle = server.bundle == own if own else stored_bundle(store.bundles, server.bundle) is not None
-    if not took_part and end.expert and end.gate and has_bundle:
+    if not took_part and end.expert and end.gate and has_bundle(store, own, server):
         return True
     lacks = "" if took_part else f", and this device lacks what it needs of it (bundle {server.bundle[:12]}…)"
     waiting = f"run {settings.run!r} has finished{lacks}; waiting for a new run of this name"
     logger.info(f"{waiting}; the model for predictions is {describe_model(store)}")
     return False
+
+
+def has_bundle(store: DeviceStore, own: str, server: ServerStatus) -> bool:
+    """Whether the server's bundle is on this device. `own`: the SHA-256 of its --bundle, or ""."""
+    return server.bundle == own if own else stored_bundle(store.bundles, server.bundle) is not None
 
 
 def leave_finished(daemon: Daemon, end: Round) -> bool:

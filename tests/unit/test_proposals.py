@@ -1,4 +1,4 @@
-"""A device that has nothing to train on, for example samples of new classes only."""
+"""A device that waits before its first round: for samples, for a new class in the task, for a new run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from edge_runtime.data.proposals import NothingToTrainError
 from edge_runtime.resources.governor import Readings
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
-from fedfmsl.errors import InputError
+from fedfmsl.errors import BundleError, InputError
 from fedfmsl.protocol.messages import Activity, DeviceStatus, ServerStatus, Stage, encode, parse
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Received
@@ -128,3 +128,24 @@ def test_a_device_waits_for_samples_also_without_the_disk_until_its_run_has_fini
         wait_for_samples(daemon, vit.bundle, folder, caught.value)
     first, second, *_ = (status.error for status in link.statuses)
     assert "holds no images" in first and "does not exist" in second
+
+
+def test_a_late_device_without_the_bundle_waits_also_while_the_server_of_the_finished_run_is_back(
+    daemon: Daemon, vit: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, task = daemon.link, vit.bundle.task
+    back = ServerStatus(online=True, run="r", session="s", bundle=vit.bundle.sha256, task=task.sha256)
+    new = back.model_copy(update={"session": "s2"})
+    daemon.store.tasks.keep(task)
+    heard = [back.model_copy(update={"online": False}), back, back, new]
+
+    def subscribe(topic: str) -> None:
+        if topic == TOPICS.round:
+            link.events.put(Received(topic, encode(announced_round(Stage.FINISHED, session="s"))))
+            link.events.put(Received(TOPICS.server_status, encode(heard.pop(0) if heard[1:] else new)))
+
+    monkeypatch.setattr(link, "subscribe", subscribe)
+    monkeypatch.setattr("edge_runtime.daemon.download.RESUBSCRIBE_SECONDS", 0.01)
+    with pytest.raises(BundleError, match="does not serve its bundle"):  # of the new run
+        prepare.prepare(daemon, anew=False)
+    assert heard == [new]
