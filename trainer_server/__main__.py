@@ -29,7 +29,7 @@ from trainer_server.service.lifecycle import NO_CHANGES, open_bundle, open_run, 
 from trainer_server.service.loop import FINISHED
 from trainer_server.service.purge import purge as remove_retained
 from trainer_server.service.run_log import log_operator_state
-from trainer_server.service.stored import require_unchanged
+from trainer_server.service.stored import refuse_changes, require_unchanged
 from trainer_server.settings import ConsoleSettings, PurgeSettings, ResumeSettings, ServerSettings, ServiceSettings
 from trainer_server.storage.run_store import RunStore, require_folder
 
@@ -69,6 +69,7 @@ def resume(settings: ResumeSettings) -> None:
     Connection and log settings are not stored; pass them again or use --config.
     """
     store = RunStore(settings.out)
+    refuse_changes(store, settings.changes)
     bundle = open_bundle(store)
     bundle.verify()
     _coordinate(store, bundle, settings, settings.changes)

@@ -13,6 +13,7 @@ from fedfmsl.algorithms.accounting import Observer
 from fedfmsl.common.cli import print_json
 from fedfmsl.common.whole_folder import check_own, write_folder
 from fedfmsl.errors import ConfigError, RunError
+from fedfmsl.protocol.messages import DeviceStatus
 from fedfmsl.transport.identity import describe_expiry
 from trainer_server.coordinator.privacy_budget import NoisedRounds, privacy_budget
 from trainer_server.coordinator.proposals import Proposal, proposals
@@ -70,8 +71,12 @@ def _facts(store: RunStore) -> dict[str, Any]:
     facts |= {"excluded": sorted(excluded)} if excluded else {}
     task = store.task()
     facts |= {"classes": len(task.classes), "classes_version": task.version}
-    if store.ended is None and (found := proposed_classes(store)):
-        facts["proposed_classes"] = {each.name: len(each.devices) for each in found}
+    if store.ended is None:
+        statuses = _statuses(store)
+        if found := proposals(task.classes, statuses.values(), excluded):
+            facts["proposed_classes"] = {each.name: len(each.devices) for each in found}
+        unable = {name: each.error for name, each in sorted(statuses.items()) if each.error and name not in excluded}
+        facts |= {"cannot_take_part": unable} if unable else {}
     if store.ended is not None:
         facts["ended"] = store.ended
     elif checkpoint is None or announced is None:
@@ -123,12 +128,16 @@ def _facts(store: RunStore) -> dict[str, Any]:
 
 def proposed_classes(store: RunStore) -> list[Proposal]:
     """What devices propose with their latest statuses."""
+    _, excluded = store.paused_and_excluded()
+    return proposals(store.task().classes, _statuses(store).values(), excluded)
+
+
+def _statuses(store: RunStore) -> dict[str, DeviceStatus]:
+    """The latest status of each device."""
     checkpoint = store.checkpoint()
     statuses = {status.device: status for status in checkpoint[0].devices} if checkpoint else {}
     _, seen = read_observations(store.folder)
-    statuses |= {name: view.status for name, view in seen.items() if view.status}
-    _, excluded = store.paused_and_excluded()
-    return proposals(store.task().classes, statuses.values(), excluded)
+    return statuses | {name: view.status for name, view in seen.items() if view.status}
 
 
 def _rows(facts: dict[str, Any]) -> dict[str, str]:
@@ -161,6 +170,8 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
     if "proposed_classes" in facts:
         texts = [f"{name} by {count} device{'s' * (count > 1)}" for name, count in facts["proposed_classes"].items()]
         rows["proposed classes"] = f"{listed(texts)}; add them with python -m trainer_server classes"
+    if "cannot_take_part" in facts:
+        rows["cannot take part"] = listed([f"{name} ({why})" for name, why in facts["cannot_take_part"].items()])
     if "rollback_to" in facts:
         rows["rollback to"] = f"round {', '.join(map(str, facts['rollback_to']))}"
     if "rejected" in facts:

@@ -14,11 +14,12 @@ from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.class_names import check_names, describe_classes, normal_form, split_names
 from fedfmsl.protocol.messages import MAX_ADDED
 from trainer_server.coordinator.operator import Action, Operation
-from trainer_server.coordinator.proposals import Proposal
+from trainer_server.coordinator.proposals import Proposal, why_not_new
 from trainer_server.coordinator.records import listed
 from trainer_server.inspect import OUT, proposed_classes
 from trainer_server.service.loop import FINISHED
 from trainer_server.storage.kept_experts import KeptExperts
+from trainer_server.storage.observations import read_observations
 from trainer_server.storage.operations import Operations
 from trainer_server.storage.run_store import RunStore
 
@@ -61,7 +62,7 @@ def rollback(
 
 def classes(
     out: Path = OUT,
-    add: str = typer.Option("", metavar="NAME,NAME", help="Add these classes to the run in progress."),
+    add: str | None = typer.Option(None, metavar="NAME,NAME", help="Add these classes to the run in progress."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object."),
 ) -> None:
     """List the classes that devices propose to a run, or add classes to it.
@@ -73,19 +74,21 @@ def classes(
 
     store = RunStore(out)
     run, task, found = store.origin.config.run, store.task(), proposed_classes(store)
-    if not add:
+    if add is None:
         if as_json:
             print_json({"classes": task.classes, "version": task.version, "proposed": [vars(each) for each in found]})
             return
         console.print(f"run {run!r} has {describe_classes(task.classes)}")
         console.print(_table(found) if found else "no device proposes another class")
         return
-    names = _checked(task.classes, add)
+    names = _checked(task.classes, _pending(store), add)
     if store.ended is not None:
         raise RunError(f"the run at {out} has ended ({store.ended}); start a new run with --from {out}")
     when = _ask(store, Operation(action=Action.CLASSES, classes=names, by="the command line"))
     if unknown := sorted({*names} - {each.name for each in found}):
-        console.print(f"warning: no device proposes {listed(unknown)}; check the spelling")
+        console.print(
+            f"warning: no device proposes {listed(unknown)}; check the spelling, a class is never removed within a run"
+        )
     later = "" if when == NOW else f", {when}"
     console.print(f"run {run!r} adds {listed(names)} after its present round{later}")
 
@@ -103,11 +106,21 @@ def _ask(store: RunStore, operation: Operation) -> str:
     return NOW if runs else f"when its server is started again: python -m trainer_server resume --out {store.folder}"
 
 
-def _checked(present: Sequence[str], text: str) -> tuple[str, ...]:
-    """The names in a line of CSV, in NFC. Raises ConfigError unless they can be added to the `present` classes."""
-    names = split_names(text)
-    if known := [name for name in names if normal_form(name) in present]:
-        raise ConfigError(f"--add: the run has the class {known[0]!r} already; name another one")
+def _pending(store: RunStore) -> tuple[str, ...]:
+    """The classes that are added after the present round, also those that the server has not read yet."""
+    view, _ = read_observations(store.folder)
+    asked = [name for _, operation in Operations(store.folder).waiting() if operation for name in operation.classes]
+    return (*(view.adds if view else ()), *asked)
+
+
+def _checked(present: Sequence[str], pending: Sequence[str], text: str) -> tuple[str, ...]:
+    """The names in a line of CSV, in NFC. Raises ConfigError unless they can be added to the `present` and `pending`
+    classes."""
+    names = [normal_form(name) for name in split_names(text)]
+    if not names:
+        raise ConfigError("--add names no class; write it like --add apple,pear")
+    if why := why_not_new(names, present, pending):
+        raise ConfigError(f"--add: {why}")
     if len(names) > MAX_ADDED:
         raise ConfigError(f"--add has {len(names)} names, more than {MAX_ADDED}; add the others later")
     return check_names([*present, *names], "--add")[len(present) :]

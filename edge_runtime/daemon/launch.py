@@ -24,6 +24,7 @@ from edge_runtime.inference.home_assistant import DeviceDescription, discovery_m
 from edge_runtime.inference.watcher import Watcher
 from edge_runtime.resources.governor import Governor
 from edge_runtime.resources.level_cap import LevelCap
+from edge_runtime.resources.providers import require_provider
 from edge_runtime.resources.sensors import Sensors, board
 from edge_runtime.resources.throttle import ControlledEngine, LevelCapTracker, StepControl, reported_and_checked
 from edge_runtime.settings import Settings
@@ -51,6 +52,7 @@ def launch(settings: Settings) -> None:
     check_folder(settings.images, "--images")
     if settings.watch:
         check_folder(settings.watch, "--watch")
+    require_provider(settings.provider)  # before a bundle is downloaded
     topics, store = Topics(settings.run, settings.topic_prefix), DeviceStore(settings.state)
     name = store.ensure_name(device_name(settings.device, settings.identity))
     with locked(store.root, "stop that process, or use another --state"), contextlib.ExitStack() as resources:

@@ -90,7 +90,9 @@ class Prepared:
 
 def prepare(daemon: Daemon, anew: bool) -> Prepared:
     """Fetches bundle and task, scans the samples and measures the machine. `anew`: not for the first time, because the
-    server has announced another task. Raises RunOverError as `goes_on` does."""
+    server has announced another task. Without anything to train on a service waits, as does a device that proposes
+    classes or that could train before: `anew`. Raises RunOverError as `goes_on` does, and InputError as
+    `SampleFolder.scan`."""
     settings, store = daemon.settings, daemon.store
     threads = settings.thread_count
     announcer = Announcer(daemon.link, daemon.topics, daemon.name)
@@ -120,9 +122,10 @@ def prepare(daemon: Daemon, anew: bool) -> Prepared:
         scanned = folder.scan(FIRST_SCAN_SECONDS, report)
     except InputError as error:
         if not (known and _has_another_task(daemon, bundle)):
-            if not (isinstance(error, NothingToTrainError) and error.proposed):
+            empty = isinstance(error, NothingToTrainError)
+            if not (anew or (empty and (stays(settings) or proposed_by(error)))):
                 raise
-            wait_for_classes(daemon, bundle, folder, error)
+            wait_for_samples(daemon, bundle, folder, error)
         return prepare(daemon, anew=True)
     report("measuring", 0, 1)
     largest_sample = largest(scanned.samples, kind)
@@ -157,11 +160,18 @@ def _has_another_task(daemon: Daemon, bundle: TaskBundle) -> bool:
     return heard is not None and heard.task != bundle.task.sha256
 
 
-def wait_for_classes(daemon: Daemon, bundle: TaskBundle, folder: SampleFolder, error: NothingToTrainError) -> None:
-    """Proposes the classes of a device that has samples of no other ones, until the server announces another task or
-    there is something to train on. Raises InputError as `SampleFolder.scan` does."""
+def wait_for_samples(daemon: Daemon, bundle: TaskBundle, folder: SampleFolder, error: InputError) -> None:
+    """Waits until there is something to train on or the server announces another task. Meanwhile it publishes `error`,
+    why there is nothing, and proposes the new classes of the device. Raises RunOverError as `goes_on` does."""
     link, topics = daemon.link, daemon.topics
-    logger.warning(f"{error}; it proposes {describe_proposed(error.proposed)} and waits until one of them is added")
+    proposed = proposed_by(error)
+    waits = f"proposes {describe_proposed(proposed)} and waits until one is added" if proposed else "waits for samples"
+    logger.warning(f"{error}; the device {waits}")
+
+    def finished(_: ServerStatus, end: Round) -> bool:
+        leave_finished(daemon, end)
+        return False
+
     while True:
         status = DeviceStatus(
             device=daemon.name,
@@ -169,23 +179,26 @@ def wait_for_classes(daemon: Daemon, bundle: TaskBundle, folder: SampleFolder, e
             instance=INSTANCE,
             bundle=bundle.sha256,
             error=str(error),
-            proposed=dict(error.proposed),
+            proposed=proposed_by(error),
         )
         link.publish(topics.status(daemon.name), encode(status), retain=True)
         heartbeat = partial(daemon.health.heartbeat, Activity.PAUSED, paused=str(error))
         until = time.monotonic() + SCAN_SECONDS
-        heard = receive_server_status(link, topics, SCAN_SECONDS, heartbeat)
+        heard = receive_server_status(link, topics, SCAN_SECONDS, heartbeat, finished)
         if heard is not None and heard.task != bundle.task.sha256:
             return
-        while time.monotonic() < until:
-            link.next_event(POLL_SECONDS)
-            heartbeat()
+        _ignore_events(link, until, heartbeat)
         try:
             folder.scan()
-        except NothingToTrainError as again:
+        except InputError as again:  # also of a disk that is not mounted any more
             error = again
         else:
             return
+
+
+def proposed_by(error: InputError) -> dict[str, int]:
+    """The new classes of a device that cannot train because of `error`."""
+    return dict(error.proposed) if isinstance(error, NothingToTrainError) else {}
 
 
 def _wait_for_task(daemon: Daemon, own: str) -> tuple[ServerStatus, Task]:
@@ -194,10 +207,24 @@ def _wait_for_task(daemon: Daemon, own: str) -> tuple[ServerStatus, Task]:
     server is of an earlier version."""
     link, topics, store = daemon.link, daemon.topics, daemon.store
     logger.info(f"waiting for the server of run {topics.run!r}, which has the task")
-    finished = partial(goes_on, daemon, own)
-    task = None
+    ended: set[str] = set()  # sessions that this device does not go on with
+    told, task = False, None
+
+    def finished(server: ServerStatus, end: Round) -> bool:
+        if goes_on(daemon, own, server, end):
+            return True
+        ended.add(end.session)
+        return False
+
     while task is None:
         server = wait_for_server(link, topics, daemon.starting, finished=finished)
+        if server.session in ended and not server.bundle_url and not has_bundle(store, own, server):
+            if not told:
+                without = f"the server of run {topics.run!r} is back and does not serve its bundle"
+                logger.info(f"{without}; waiting for a new run of this name (or give --bundle)")
+            told = True
+            _ignore_events(link, time.monotonic() + SCAN_SECONDS, daemon.starting)
+            continue
         daemon.health.run_finished = False
         if not server.task:
             raise RunError(
@@ -206,6 +233,13 @@ def _wait_for_task(daemon: Daemon, own: str) -> tuple[ServerStatus, Task]:
             )
         task = receive_task(link, topics, server, store.tasks, daemon.name, daemon.starting)
     return server, task
+
+
+def _ignore_events(link: Link, until: float, heartbeat: Heartbeat) -> None:
+    """Until a time of the monotonic clock. A new subscription brings what is retained again."""
+    while time.monotonic() < until:
+        link.next_event(POLL_SECONDS)
+        heartbeat()
 
 
 def bundle_of(
@@ -232,16 +266,26 @@ def goes_on(daemon: Daemon, own: str, server: ServerStatus, end: Round) -> bool:
     and does not stay."""
     settings, store = daemon.settings, daemon.store
     daemon.health.run_finished = True
-    took_part = end.session == store.outbox.session
-    if took_part and not stays(settings):
-        raise RunOverError
-    has_bundle = server.bundle == own if own else stored_bundle(store.bundles, server.bundle) is not None
-    if not took_part and end.expert and end.gate and has_bundle:
+    took_part = leave_finished(daemon, end)
+    if not took_part and end.expert and end.gate and has_bundle(store, own, server):
         return True
     lacks = "" if took_part else f", and this device lacks what it needs of it (bundle {server.bundle[:12]}…)"
     waiting = f"run {settings.run!r} has finished{lacks}; waiting for a new run of this name"
     logger.info(f"{waiting}; the model for predictions is {describe_model(store)}")
     return False
+
+
+def has_bundle(store: DeviceStore, own: str, server: ServerStatus) -> bool:
+    """Whether the server's bundle is on this device. `own`: the SHA-256 of its --bundle, or ""."""
+    return server.bundle == own if own else stored_bundle(store.bundles, server.bundle) is not None
+
+
+def leave_finished(daemon: Daemon, end: Round) -> bool:
+    """Whether this device took part in the run that has finished. Raises RunOverError if it did and does not stay."""
+    took_part = end.session == daemon.store.outbox.session
+    if took_part and not stays(daemon.settings):
+        raise RunOverError
+    return took_part
 
 
 def stays(settings: Settings) -> bool:

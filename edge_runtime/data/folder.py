@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,12 @@ from edge_runtime.data.images import decoders
 from edge_runtime.data.inputs import DECODING, Kind, Reader, reader_of
 from edge_runtime.data.labels import walk_labelled
 from edge_runtime.data.ledger import Ledger, open_ledger
-from edge_runtime.data.proposals import NothingToTrainError, proposed_classes
+from edge_runtime.data.proposals import NothingToTrainError, proposed_classes, remedy_of_unknown
 from edge_runtime.data.sample_reader import SampleReader
 from edge_runtime.data.samples import Sample, Split, Splits, assign_splits
 from edge_runtime.data.unreadable import UnreadableError
 from edge_runtime.store import DeviceStore
-from fedfmsl.common.class_folders import ClassFile, Listing, walk_classes
+from fedfmsl.common.class_folders import RENAME, ClassFile, Listing, walk_classes
 from fedfmsl.common.folder_walk import SkippedFile, summarize, unreadable
 from fedfmsl.protocol.task_bundle import TaskBundle
 
@@ -102,7 +103,7 @@ class SampleFolder:
         kind, classes = self._reader.kind, tuple(self._classes)
         if self._labels:
             return walk_labelled(self.path, kind, self._labels, classes)
-        return walk_classes(self.path, kind.suffixes, kind.noun, classes)
+        return _walk_classes(self.path, kind, classes)
 
     def _results(self, ledger: Ledger, files: Sequence[ClassFile], report: Report) -> Iterator[FileResult]:
         fresh: list[tuple[ClassFile, Sample | SkippedFile]] = []
@@ -134,7 +135,7 @@ def largest(samples: Sequence[Sample], kind: Kind) -> tuple[int, Path]:
 
 def scan_once(folder: Path, classes: Sequence[str], kind: Kind) -> Splits:
     """The first scan of a folder, without a ledger. Raises NothingToTrainError if there is nothing to train on."""
-    listing = walk_classes(folder, kind.suffixes, kind.noun, classes)
+    listing = _walk_classes(folder, kind, classes)
 
     def check(data: bytes) -> NDArray[np.uint8]:
         kind.check(data)
@@ -145,6 +146,10 @@ def scan_once(folder: Path, classes: Sequence[str], kind: Kind) -> Splits:
     splits = _assign(listing, results, classes, kept={})
     _require_training_samples(splits, folder, kind)
     return splits
+
+
+def _walk_classes(folder: Path, kind: Kind, classes: Sequence[str]) -> Listing:
+    return walk_classes(folder, kind.suffixes, kind.noun, classes, partial(remedy_of_unknown, classes, RENAME))
 
 
 def _is_recent(file: ClassFile) -> bool:

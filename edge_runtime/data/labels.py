@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edge_runtime.data.inputs import Kind
+from edge_runtime.data.proposals import remedy_of_unknown
 from fedfmsl.common.class_folders import ClassFile, Listing, check_folder, normal_name, similar, unknown_class
 from fedfmsl.common.files import why_no_file, write_atomically
 from fedfmsl.common.folder_walk import SkippedFile, files_below, wrong_suffix
@@ -30,6 +31,7 @@ def walk_labelled(folder: Path, kind: Kind, source: Path, classes: Sequence[str]
     known = {normal_name(name): name for name in classes}
     files: list[ClassFile] = []
     unknown: Counter[str] = Counter()
+    unknown_lines: list[tuple[int, str]] = []
     unlabelled = 0
     for name, version in files_below(folder, "", skipped):
         lines = labels.pop(normal_name(name), None)
@@ -45,11 +47,12 @@ def walk_labelled(folder: Path, kind: Kind, source: Path, classes: Sequence[str]
             if label in known:
                 files.append(ClassFile(folder / name, name, known[label], version))
             else:
-                detail = " ".join(filter(None, (f"line {line}: {label!r}", similar(label, classes))))
                 unknown[label] += 1
-                skipped.append(
-                    SkippedFile(source, f"{unknown_class(classes)}; add it to the run, or correct the line", detail)
-                )
+                unknown_lines.append((line, label))
+    for line, label in unknown_lines:
+        detail = " ".join(filter(None, (f"line {line}: {label!r}", similar(label, classes))))
+        remedy = remedy_of_unknown(classes, "or correct the line", label, unknown[label])
+        skipped.append(SkippedFile(source, f"{unknown_class(classes)}; {remedy}", detail))
     for name, lines in labels.items():
         detail = f"line {min(lines.values())}: {name}"
         skipped.append(SkippedFile(source, f"names a file that is not below {folder}", detail))

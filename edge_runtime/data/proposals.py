@@ -44,6 +44,16 @@ def name_fault(name: str, classes: Sequence[str]) -> str:
     return fault(name)
 
 
+def remedy_of_unknown(classes: Sequence[str], others: str, name: str, files: int) -> str:
+    """What to do about a class that is not among `classes` and has `files` files to train on. `others`: the remedies
+    besides adding it to the run."""
+    if not similar(name, classes) and (problem := name_fault(name, classes)):
+        return f"its name {problem}"
+    if files < LEAST:
+        return f"a new class needs {LEAST} files to train on, and to be proposed; add files, {others}"
+    return f"add it to the run, {others}"
+
+
 def describe_proposed(proposed: Mapping[str, int]) -> str:
     """For people, like "fig (5), lime (12)"."""
     return ", ".join(f"{name} ({files})" for name, files in proposed.items())

@@ -106,6 +106,22 @@ def offered_providers() -> tuple[str, ...]:
     return tuple(name for name in [*others, *names] if name != REMOTE)
 
 
+def require_provider(asked: str) -> None:
+    """Raises ConfigError if this machine does not offer the provider `asked`. AUTO is always offered."""
+    offered = offered_providers()
+    if asked in (AUTO, *offered):
+        return
+    if asked == OPENVINO and openvino_version():
+        raise ConfigError(
+            f"--provider {asked}: this processor does not multiply in bfloat16, which it is used for; omit --provider"
+        )
+    missing = f"the installed onnxruntime offers {', '.join(sorted(offered))}"
+    remedy = "install the distribution of ONNX Runtime for this device"
+    if asked == OPENVINO:
+        missing, remedy = "the package openvino is not installed", "pip install 'fedfmsl-edge[openvino]'"
+    raise ConfigError(f"--provider {asked}: {missing}; {remedy}, or omit --provider")
+
+
 def provider_for(
     engine: EngineName,
     asked: str,
@@ -126,15 +142,10 @@ def choose_provider(
     """`asked`: a provider, or AUTO for the fastest. A provider that fails or disagrees is replaced by the CPU.
     `heartbeat` is called every POLL_SECONDS, because a provider may hang for as long as a watchdog waits.
 
-    Raises ConfigError if the installed ONNX Runtime does not offer `asked`.
+    Raises ConfigError as `require_provider` does.
     """
+    require_provider(asked)
     offered = offered_providers()
-    if asked not in (AUTO, *offered):
-        raise ConfigError(
-            f"--provider {asked}: the installed onnxruntime offers {', '.join(sorted(offered))}; install the "
-            "distribution of ONNX Runtime for this device, or omit --provider (openvino: install the package openvino, "
-            "on a processor with bfloat16)"
-        )
     candidates = [name for name in (offered if asked == AUTO else (asked,)) if name != CPU]
     if not candidates:
         return Choice()

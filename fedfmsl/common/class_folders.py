@@ -11,7 +11,7 @@ import contextlib
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,7 +37,10 @@ NOT_TRAINED = "validation split beside a test split; move its files to the train
 NO_SPLIT = "beside the training folder; move it there if it is a class"
 EMPTY = "class folder without a file that can be used"
 
+RENAME = "rename or remove the folder"
+
 Entry = os.DirEntry[str]
+Remedy = Callable[[str, int], str]  # for a class that is not in the task, with its number of files to train on
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,13 @@ class _Splits:
     unused: Mapping[str, str] = field(default_factory=dict)
 
 
-def walk_classes(folder: Path, suffixes: Collection[str], noun: str, classes: Sequence[str] | None = None) -> Listing:
+def walk_classes(
+    folder: Path,
+    suffixes: Collection[str],
+    noun: str,
+    classes: Sequence[str] | None = None,
+    remedy: Remedy = lambda *_: f"add it to the run, {RENAME}",
+) -> Listing:
     """The files in class folders. `noun` names a file in reasons and errors; `suffixes` are in lower case.
 
     A file with another suffix, outside of a class folder, or in a class that is not in `classes` is skipped. Raises
@@ -106,9 +115,9 @@ def walk_classes(folder: Path, suffixes: Collection[str], noun: str, classes: Se
             if not found:
                 skipped.append(SkippedFile(folder / name, EMPTY, files=0))
         elif found:
-            reason = f"{unknown_class(classes or ())}; add it to the run, rename or remove the folder"
+            unknown[label] += 0 if is_test else len(found)  # a test folder follows its training folder
+            reason = f"{unknown_class(classes or ())}; {remedy(label, unknown[label])}"
             skipped.append(SkippedFile(folder / name, reason, similar(label, classes or ()), len(found)))
-            unknown[label] += 0 if is_test else len(found)
     for name, reason in splits.unused.items():
         if count := len(found_in(name)):
             skipped.append(SkippedFile(folder / name, reason, files=count))
@@ -174,9 +183,14 @@ def unknown_class(classes: Sequence[str]) -> str:
 
 def similar(label: str, classes: Sequence[str]) -> str:
     """A hint at a class whose name differs only in case or outer spaces. "": there is none."""
-    plain = label.strip().casefold()
-    near = next((name for name in classes if name.strip().casefold() == plain), None)
+    plain = plain_name(label)
+    near = next((name for name in classes if plain_name(name) == plain), None)
     return f"did you mean {near!r}?" if near else ""
+
+
+def plain_name(name: str) -> str:
+    """A name without case and outer spaces. Two classes whose plain names are equal are more likely one."""
+    return name.strip().casefold()
 
 
 def _entries(folder: Path, noun: str, skipped: list[SkippedFile], kept: Collection[str]) -> list[Entry]:

@@ -222,6 +222,8 @@ def test_proposed_classes_are_shown_and_added(vit: Built, tmp_path: Path) -> Non
         assert waiting == Operation(action=Action.CLASSES, classes=('a, "b"',), by="127.0.0.1")
         for wrong in ("", '"', "unknown", "a/../b"):
             assert ask(site, f"{path}action", form={**form, "classes": wrong})[0] == 400
+        for known in ("Apple", "quince"):
+            assert ask(site, f"{path}action", form={**form, "classes": known})[0] == 409
 
 
 def test_the_page_of_a_round_offers_to_return_to_its_global_expert_if_it_is_kept(vit: Built, tmp_path: Path) -> None:

@@ -15,11 +15,20 @@ from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.messages import Round, Stage, Verdict
 from trainer_server.config import RunConfig
 from trainer_server.coordinator.advance import next_deadline
-from trainer_server.coordinator.events import AnnounceRound, ClockTicked, LimitsChanged, Log, StatusSeen, StoreRound
+from trainer_server.coordinator.events import (
+    AnnounceRound,
+    ClockTicked,
+    LimitsChanged,
+    Log,
+    OperatorActed,
+    StatusSeen,
+    StoreRound,
+)
 from trainer_server.coordinator.limits import MAX_STRETCH, check_change, least_updates
+from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, LEFT_OUT_ROUNDS
 from trainer_server.service.lifecycle import change_limits, make_plan, open_run, replay_rounds, restore_state
-from trainer_server.service.stored import require_unchanged, stored_settings
+from trainer_server.service.stored import refuse_changes, require_unchanged, stored_settings
 from trainer_server.settings import ResumeSettings, ServerSettings, ServiceSettings
 from trainer_server.storage.run_store import LoggedEvent, RunStore
 
@@ -288,6 +297,31 @@ def test_start_names_the_command_that_changes_a_limit(vit: Built, config: RunCon
     store.commit([], ended="finished")
     with pytest.raises(ConfigError, match="it has ended, so choose another --out for a new run"):
         open_run(tmp_path / "run", config.model_copy(update={"round_timeout": 7.0}), vit.bundle)
+
+
+def test_start_takes_the_limits_in_force_and_warns_of_those_that_it_ignores(
+    vit: Built, config: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_run(tmp_path / "run", config, vit.bundle)
+    run = CoordinatorRun(make_plan(store, vit.bundle))
+    deadline = OperatorActed(Operation(action=Action.DEADLINE, seconds=7.0))
+    changed = LimitsChanged(run.state.limits.model_copy(update={"enough": 0.5, "round_timeout": 9.0}))
+    run.feed_only(changed, deadline)
+    store.commit([LoggedEvent(0.0, changed), LoggedEvent(0.0, deadline)])
+    assert store.limits() == run.state.limits
+    now = config.model_copy(update={"enough": 0.5, "round_timeout": 7.0})
+    open_run(tmp_path / "run", now, vit.bundle)
+    assert not caplog.messages
+    open_run(tmp_path / "run", config, vit.bundle)  # as a service starts it again
+    (text,) = caplog.messages
+    assert f"--round-timeout {config.round_timeout} is ignored, 7.0 is in force" in text
+    assert f"--enough {config.enough} is ignored, 0.5 is in force" in text
+    with pytest.raises(ConfigError, match=r"with --enough 0\.5, not 0\.7; resume it .* resume --enough 0\.7 --out"):
+        open_run(tmp_path / "run", now.model_copy(update={"enough": 0.7}), vit.bundle)
+    store.commit([], ended="finished")
+    refuse_changes(store, {"enough": 0.5})
+    with pytest.raises(ConfigError, match=r"--enough 0\.7 cannot change: the run at .* has ended \(finished\); leave"):
+        refuse_changes(store, {"enough": 0.7})
 
 
 def test_participation_counts_training_rounds(vit: Built, config: RunConfig, tmp_path: Path) -> None:

@@ -298,7 +298,13 @@ def test_new_class_folders_are_proposed_with_the_number_of_their_files(
         for number in range(count):
             put(photos / name / f"{number}.jpg", photo(number))
     put(photos / "fig" / "notes.txt", b"no image")
-    assert folder.scan().proposed == {"fig": 3, "l\u00edme": 2}
+    scanned = folder.scan()
+    assert scanned.proposed == {"fig": 3, "l\u00edme": 2}
+    reasons = {each.path.name: each.reason.partition("; ")[2] for each in scanned.skipped}
+    assert reasons["fig"] == "add it to the run, rename or remove the folder"
+    assert reasons["date"].startswith("a new class needs 2 files to train on, and to be proposed; add files")
+    assert reasons["dev"] == "its name is that of a folder of a split or of thumbnails; choose another one"
+    assert reasons["two\nlines"] == "its name has a control character; rename it"
     for name in CLASSES:
         shutil.rmtree(photos / name)
     with pytest.raises(NothingToTrainError, match=r"class not in the task.*add it to the run") as caught:
@@ -429,9 +435,10 @@ def test_a_wrong_row_of_a_csv_file_is_named_with_its_line(
     splits = SampleFolder(root, vit.bundle, store, labels).scan()
     assert len(splits.samples) == 38
     reasons = [str(each) for each in splits.skipped]
+    few = "a new class needs 2 files to train on, and to be proposed; add files"
     for words in (
         f"labels.csv: names a file that is not below {root} (line 40: gone.jpg)",
-        "classes are apple, kiwi, lemon, plum; add it to the run, or correct the line (line 41: 'durian')",
+        f"classes are apple, kiwi, lemon, plum; {few}, or correct the line (line 41: 'durian')",
         "day-1/01.jpg: several classes in labels.csv ('apple' in line 42 and 'plum' in line 43)",
         "movie.mp4: .mp4 is not a suffix of images",
         "labels.csv: without a file or a class (line 45)",

@@ -106,8 +106,10 @@ def test_status_and_a_server_that_starts_show_what_the_operator_has_done(
     act(Action.INCLUDE, Action.RESUME)
     assert {"paused", "excluded"} & as_json(store).keys() == set()
     view = ServerView(seen=time.time(), waits="2 devices must answer and 1 can", rests="until 2026-11-27 22:00")
-    Observations(store.folder).save(view, {})
+    Observations(store.folder).save(view, {"c": run.status("c", error="its disk is full")})
     assert rows(store).items() >= {"waits": view.waits, "rests": view.rests}.items()
+    assert rows(store)["cannot take part"] == "c (its disk is full)"
+    assert as_json(store)["cannot_take_part"] == {"c": "its disk is full"}
 
 
 def test_the_command_returns_to_a_kept_round_or_names_those_that_are_kept(store: RunStore) -> None:
@@ -147,6 +149,10 @@ def test_the_command_lists_what_devices_propose_and_adds_classes(run: Coordinato
     assert shown["adds"] == "1: pear"
     for wrong, text in (
         ("apple", "the run has the class 'apple' already"),
+        ("Apple", "--add: the name 'Apple' differs from that of another class in case or outer spaces only"),
+        ("pear", "--add: the class 'pear' is added after the present round already"),
+        ("", "--add names no class"),
+        ("fig,", "class '' has no letters"),
         ("fig,fig", "class 'fig' is named twice"),
         ("unknown", "'unknown' has the name that predictions use"),
         (",".join(map(str, range(MAX_ADDED + 1))), f"more than {MAX_ADDED}; add the others later"),
@@ -154,12 +160,13 @@ def test_the_command_lists_what_devices_propose_and_adds_classes(run: Coordinato
         assert text in str(classes("--add", wrong).exception)
     assert Operations(store.folder).waiting() == []
     added = classes("--add", "quince, fi\u0301g").stdout
-    assert "warning: no device proposes f\u00edg; check the spelling" in added
+    assert "warning: no device proposes f\u00edg; check the spelling, a class is never removed within a run" in added
     assert "adds quince, f\u00edg after its present round, when its server is started again" in added
     ((_, operation),) = Operations(store.folder).waiting()
     assert operation is not None and operation.classes == ("quince", "f\u00edg")
+    assert "the class 'quince' is added after" in str(classes("--add", "quince").exception)
     store.commit([], ended="finished")
-    assert "has ended (finished); start a new run with --from" in str(classes("--add", "quince").exception)
+    assert "has ended (finished); start a new run with --from" in str(classes("--add", "lime").exception)
 
 
 def test_status_names_rejected_candidates(store: RunStore) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_runtime.daemon.launch import launch
 from edge_runtime.engines.openvino import OPENVINO, offers_openvino
 from edge_runtime.engines.sessions import CPU, open_model, open_session
 from edge_runtime.resources import providers
@@ -19,8 +20,10 @@ from edge_runtime.resources.providers import (
     disagreement,
     fastest,
     provider_for,
+    require_provider,
     try_providers,
 )
+from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
 from fedfmsl.errors import BundleError, ConfigError
 from fedfmsl.protocol.task_bundle import TaskBundle
@@ -167,9 +170,19 @@ def test_no_provider_but_the_cpu_needs_no_measurement(
     assert choose_provider("auto", vit.bundle, 1, DeviceStore(tmp_path / "missing")).trials == {}
 
 
-def test_an_unknown_provider_is_refused_with_those_that_are_offered(vit: Built, tmp_path: Path) -> None:
+def test_a_provider_that_is_not_offered_is_refused_with_the_remedy(
+    vit: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match=r"--provider gpu: the installed onnxruntime offers .*cpu"):
         choose_provider("gpu", vit.bundle, 1, DeviceStore(tmp_path))
+    monkeypatch.setattr(providers, "openvino_version", lambda: "")
+    monkeypatch.setattr(providers, "offered_providers", lambda: (CPU,))
+    settings = Settings(run="r", images=tmp_path, broker="mqtt://127.0.0.1:9", provider=OPENVINO)
+    with pytest.raises(ConfigError, match=r"package openvino is not installed.*fedfmsl-edge\[openvino\]"):
+        launch(settings)  # before it connects
+    monkeypatch.setattr(providers, "openvino_version", lambda: "2026.4.1")
+    with pytest.raises(ConfigError, match="processor does not multiply in bfloat16"):
+        require_provider(OPENVINO)
     with pytest.raises(ConfigError, match="ort-training has cpu only"):
         provider_for("ort-training", "cuda", vit.bundle, 1, DeviceStore(tmp_path))
     with pytest.raises(BundleError, match="no execution provider"):

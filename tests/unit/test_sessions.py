@@ -120,8 +120,10 @@ def test_a_session_does_not_end_within_a_secure_aggregation(vit: Built) -> None:
 @pytest.mark.parametrize(
     ("names", "text"),
     [
-        (("quince", "apple"), "the run has the class 'apple' already, so nothing is added"),
-        (("quince", "quince"), "the run has the class 'quince' already, so nothing is added"),
+        (("quince", "apple"), "the run has the class 'apple' already"),
+        (("quince", "quince"), "the class 'quince' is named twice"),
+        ((" Apple",), "differs from that of another class in case or outer spaces only; did you mean 'apple'?"),
+        (("quince", "Quince"), "did you mean 'quince'?"),
         ((), "no class is named"),
     ],
 )
@@ -141,6 +143,13 @@ def test_the_rule_adds_what_enough_devices_propose(vit: Built) -> None:
     assert approved(run.plan, run.state) == NEW
     run.feed_only(ADD)  # the operator adds it as well
     assert approved(run.plan, run.state) == NEW
+    run.feed_only(StatusSeen(run.status("d", proposed={"Quince": 2})), StatusSeen(run.status("b", online=False)))
+    assert run.state.devices["b"].proposed == proposed["b"]  # a last will has no proposals
+    run.feed_only(StatusSeen(run.status("a", proposed={**proposed["a"], "Quince": 9})))
+    assert approved(run.plan, run.state) == NEW
+    run.feed_only(StatusSeen(run.status("b")))
+    assert run.state.devices["b"].proposed == {}
+    run.feed_only(*(StatusSeen(run.status(name, proposed=counts)) for name, counts in proposed.items()))
     run.answers(ABC)
     run.now = next_deadline(run.plan, run.state)
     run.feed()

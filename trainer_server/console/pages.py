@@ -27,6 +27,7 @@ from fedfmsl.web.stream import stream
 from trainer_server.console import views
 from trainer_server.console.snapshot import RunReader, Runs, Snapshot
 from trainer_server.coordinator.operator import Action, Operation
+from trainer_server.coordinator.proposals import why_not_new
 from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.operations import Operations
 
@@ -270,6 +271,8 @@ async def _action(request: Request) -> Response:
     operation = _operation(form, request.client.host if request.client else "", request.scope.get("operator", ""))
     if operation.action is not Action.DOWNLOAD and snapshot.ended is not None:
         raise HTTPException(409, "The run has ended; nothing can be changed.")
+    if why := why_not_new(operation.classes, snapshot.classes, _pending(snapshot)):
+        raise HTTPException(409, f"No class is added: {why}.")
     if request.method == "GET":
         return page(
             request,
@@ -306,6 +309,12 @@ def _operation(form: Mapping[str, str], by: str, name: str) -> Operation:
     if operation.action is Action.DEADLINE and operation.seconds < 1:
         raise HTTPException(400, "A round lasts at least a second.")
     return operation
+
+
+def _pending(snapshot: Snapshot) -> list[str]:
+    """The classes that are added after the present round, also those that the server has not read yet."""
+    adds = snapshot.server.adds if snapshot.server else ()
+    return [*adds, *(name for operation in snapshot.waiting for name in operation.classes)]
 
 
 def _archive(snapshot: Snapshot) -> IO[bytes]:

@@ -19,6 +19,7 @@ from typing import Literal
 from fedfmsl.common.persistent_map import PersistentMap
 from fedfmsl.protocol.messages import AddedNames, Amount, Message, Name, Number, Sha256, Stage, Text
 from trainer_server.coordinator.candidates import Rollback
+from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.state import State, after_hold
 
 
@@ -62,6 +63,13 @@ def after_operations(
         elif operation.action is Action.INCLUDE:
             devices.discard(operation.device)
     return paused, frozenset(devices)
+
+
+def after_operation(limits: Limits, operation: Operation) -> Limits:
+    """The limits after an action that has taken effect."""
+    if operation.action is not Action.DEADLINE:
+        return limits
+    return limits.model_copy(update={"round_timeout": operation.seconds})
 
 
 def act(state: State, operation: Operation, now: float) -> tuple[State, str]:
@@ -120,7 +128,7 @@ def _deadline(state: State, operation: Operation, now: float) -> tuple[State, st
     if not operation.seconds or operation.seconds == before:
         return state, f"the round deadline stays {before:g} s"
     text = f"the round deadline is {operation.seconds:g} s from now on, it was {before:g} s"
-    return replace(state, limits=state.limits.model_copy(update={"round_timeout": operation.seconds})), text
+    return replace(state, limits=after_operation(state.limits, operation)), text
 
 
 def _rollback(state: State, operation: Operation, now: float) -> tuple[State, str]:

@@ -23,6 +23,8 @@ def receive_status(plan: Plan, state: State, status: DeviceStatus) -> tuple[Stat
     known = before is not None and bool(before.error) and not (before.online or status.online or status.error)
     if stale or known:  # the last will of an earlier process, or of one that has said why it ends
         return state, []
+    if before is not None and not (status.online or status.error):  # a last will proposes nothing
+        status = status.model_copy(update={"proposed": before.proposed})
     commands: list[Command] = []
     if status.online and status.bundle != plan.bundle.sha256:
         error = f"it has another bundle ({status.bundle[:12]}…)"

@@ -20,7 +20,7 @@ from fedfmsl.common.persistent_map import remembered
 from fedfmsl.protocol.class_names import MAX_CLASSES, describe_classes
 from fedfmsl.protocol.messages import DeviceStatus, Stage
 from trainer_server.coordinator.events import BeginSession, Command, Log
-from trainer_server.coordinator.proposals import approved_by
+from trainer_server.coordinator.proposals import approved_by, why_not_new
 from trainer_server.coordinator.records import listed
 from trainer_server.coordinator.state import Plan, State, initial_state
 
@@ -69,13 +69,13 @@ def _left(plan: Plan, position: int) -> int:
 
 def why_no_classes(plan: Plan, state: State, names: Sequence[str]) -> str:
     """Why these classes cannot be added now, or ""."""
-    known = {*plan.bundle.classes, *state.approved}
     if not names:
         return "no class is named, so none is added"
-    if twice := [name for index, name in enumerate(names) if name in known or name in names[:index]]:
-        return f"the run has the class {twice[0]!r} already, so nothing is added"
-    if len(known) + len(names) > MAX_CLASSES:
-        return f"{len(known) + len(names)} classes are more than {MAX_CLASSES}, so none is added"
+    if why := why_not_new(names, plan.bundle.classes, state.approved):
+        return f"no class is added: {why}"
+    count = len(plan.bundle.classes) + len(state.approved) + len(names)
+    if count > MAX_CLASSES:
+        return f"{count} classes are more than {MAX_CLASSES}, so none is added"
     return ""
 
 

@@ -31,7 +31,7 @@ from trainer_server.service.figures import Figures
 from trainer_server.service.loop import Service
 from trainer_server.service.run_log import LOG_BYTES, log_to_folder
 from trainer_server.service.start_from import read_start
-from trainer_server.service.stored import differing_settings
+from trainer_server.service.stored import differing_settings, in_force, without_ignored
 from trainer_server.storage.origin import Origin
 from trainer_server.storage.run_store import DATABASE, LoggedEvent, RunStore, require_folder
 from trainer_server.tracking.tracker import Tracker
@@ -42,8 +42,9 @@ NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
 
 
 def open_run(folder: Path, config: RunConfig, bundle: TaskBundle, source: Path | None = None) -> RunStore:
-    """Creates a run in `folder`, or opens the one that was started there with the same settings. `source`: the folder
-    of the run or adapter that it goes on from, which is read only once.
+    """Creates a run in `folder`, or opens the one that was started there with the same settings, or has them now. Warns
+    of settings that are ignored, because `resume` or the operator has changed them. `source`: the folder of the run or
+    adapter that it goes on from, which is read only once.
 
     Raises ConfigError naming the settings that differ, or if `folder` is a file. Raises RunError if the folder
     cannot be used.
@@ -84,8 +85,10 @@ def open_run(folder: Path, config: RunConfig, bundle: TaskBundle, source: Path |
             f"{folder} holds run {origin.config.run!r} with another task ({describe_classes(store.task().classes)}); "
             f"resume it with python -m trainer_server resume --out {folder}, or choose another --out"
         )
-    if config != origin.config:
-        differences, changes = differing_settings(origin.config, config)
+    now = in_force(origin.config, store.limits())
+    config, warning = without_ignored(origin.config, now, config)
+    if config != now:
+        differences, changes = differing_settings(now, config)
         if store.ended is not None:
             raise ConfigError(
                 f"{folder} holds run {origin.config.run!r} with {differences}; it has ended, so choose another "
@@ -95,6 +98,8 @@ def open_run(folder: Path, config: RunConfig, bundle: TaskBundle, source: Path |
             f"{folder} holds run {origin.config.run!r} with {differences}; resume it with python -m trainer_server "
             f"resume{changes} --out {folder}, or choose another --out"
         )
+    if warning and store.ended is None:
+        logger.warning(warning)
     return store
 
 

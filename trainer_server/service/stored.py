@@ -11,6 +11,7 @@ from fedfmsl.common.settings import flag_of, load_toml
 from fedfmsl.errors import ConfigError
 from trainer_server.config import RunConfig, RunRules
 from trainer_server.coordinator.limits import Limits
+from trainer_server.storage.run_store import RunStore
 
 CHANGEABLE = ", ".join(map(flag_of, Limits.model_fields))
 
@@ -37,6 +38,35 @@ def differing_settings(stored: RunConfig, given: RunConfig) -> tuple[str, str]:
     texts = [f"{flag_of(key)} {_text(before.get(key))}, not {_text(now.get(key))}" for key in keys]
     changeable = [key for key in keys if key in Limits.model_fields and now.get(key) is not None]
     return "; ".join(texts), "".join(f" {flag_of(key)} {_text(now[key])}" for key in changeable)
+
+
+def in_force(started: RunConfig, limits: Limits) -> RunConfig:
+    """The configuration that a run was started with, with these limits, which may have changed since."""
+    before = dict(Limits.of(started))
+    return started.model_copy(update={key: value for key, value in limits if value != before[key]})
+
+
+def without_ignored(started: RunConfig, now: RunConfig, given: RunConfig) -> tuple[RunConfig, str]:
+    """The configuration that `start` gives, with the changed limits of `now` in place of those that the run was
+    `started` with; and a warning about these, or "". So the command of a service starts a run again whose limits have
+    changed."""
+    before, after, wanted = map(stored_settings, (started, now, given))
+    keys = [key for key in Limits.model_fields if before[key] != after[key] and wanted[key] == before[key]]
+    texts = [f"{flag_of(key)} {_text(wanted[key])} is ignored, {_text(after[key])} is in force" for key in keys]
+    warning = f"{'; '.join(texts)}, because it was changed after the start of the run" if keys else ""
+    return given.model_copy(update={key: after[key] for key in keys}), warning
+
+
+def refuse_changes(store: RunStore, changes: Mapping[str, Any]) -> None:
+    """Raises ConfigError if a run that has ended would get other limits."""
+    if store.ended is None:
+        return
+    limits = dict(store.limits())
+    if changed := [f"{flag_of(key)} {_text(value)}" for key, value in changes.items() if value != limits[key]]:
+        raise ConfigError(
+            f"{', '.join(changed)} cannot change: the run at {store.folder} has ended ({store.ended}); leave them "
+            f"out, or start a new run with --from {store.folder}"
+        )
 
 
 def stored_settings(config: RunConfig) -> Mapping[str, Any]:

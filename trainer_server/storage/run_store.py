@@ -49,7 +49,7 @@ from trainer_server.coordinator.events import (
     UpdateSeen,
 )
 from trainer_server.coordinator.limits import Limits
-from trainer_server.coordinator.operator import Operation, after_operations
+from trainer_server.coordinator.operator import Operation, after_operation, after_operations
 from trainer_server.coordinator.records import ClosedRound, RoundSummary
 from trainer_server.coordinator.state import TRAINING, State
 from trainer_server.coordinator.warm_start import WarmStart
@@ -513,6 +513,19 @@ class RunStore:
         if checkpoint is None:
             return after_operations(False, (), operations)
         return after_operations(checkpoint[0].paused_at is not None, checkpoint[0].excluded, operations)
+
+    def limits(self) -> Limits:
+        """The limits in force: those of the checkpoint, and what has changed after it."""
+        last = "SELECT coalesce(max(seq), 0) FROM checkpoints"
+        query = f"SELECT kind, body FROM events WHERE kind IN ('limits', 'operator') AND seq > ({last}) ORDER BY seq"
+        checkpoint = self.checkpoint()
+        limits = checkpoint[0].limits if checkpoint else Limits.of(self.origin.config)
+        for kind, body in self._db.execute(query):
+            if kind == "limits":
+                limits = parse(Limits, body.encode())
+            else:
+                limits = after_operation(limits, parse(Operation, body.encode()))
+        return limits
 
     def participation(self, after: int = 0, until: int = 1 << 62) -> tuple[dict[str, int], int]:
         """In how many training rounds with a number above `after` and up to `until` each device took part, and how many
