@@ -78,6 +78,7 @@ def test_ten_photos_labelled_by_keyboard_join_the_next_round(
         page.get_by_role("heading", name=FIRST).wait_for()
         assert page.locator(".pictures img").count() == WAITING and not accessibility_faults(page)
         page.get_by_role("link", name="What is this?", exact=True).press("Enter")
+        page.wait_for_url(f"{url}ask")  # with its script, which takes the keys
         assert not accessibility_faults(page)
         if pictures := pytestconfig.getoption("--screenshots"):
             page.screenshot(path=Path(pictures) / "labelling.png")
