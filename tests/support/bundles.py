@@ -70,6 +70,7 @@ def build(
     classes: Sequence[str] = CLASSES,
     seed: int = 0,
     precision: Precision = "fp32",
+    fp16: bool = False,
 ) -> Built:
     """Builds the bundle of a transformers folder, at IMAGE_SIZE or MAX_TOKENS. It has a zero-shot head if the model has
     a text tower, and the files of onnxruntime-training if the tests run with that engine."""
@@ -82,7 +83,7 @@ def build(
     zero_shot = zero_shot_head(source, classes, TEMPLATES) if source.family.text_tower else None
     lora = source.family.lora(RANK)
     ort_training = precision == "fp32" and has_ort_training()
-    for _ in build_bundle(source, levels, lora, out, seed, precision, ort_training):
+    for _ in build_bundle(source, levels, lora, out, seed, precision, ort_training, fp16):
         pass
     bundle = Bundle.load(out)
     return Built(weights, write_task(bundle, Task.of(bundle.sha256, classes, "the test", zero_shot)), seed)
