@@ -107,11 +107,14 @@ def shared_weights(name: str) -> Path:
 
 
 @cache
-def shared_bundle(name: str) -> Built:
-    """Its bundle at every level. All workers and later runs use the same folder, which is built again when the code
-    that it depends on changes. Read only: copy it to change it."""
+def shared_bundle(name: str, fp16: bool = False) -> Built:
+    """Its bundle at every level, with graphs in float16 if wanted. All workers and later runs use the same folder. It
+    is built again when the code that it depends on changes. Read only: copy it to change it."""
     weights = shared_weights(name)
-    bundle = TaskBundle.load(made_once(_shared() / "bundles" / name, lambda folder: build(weights, folder)))
+    made = made_once(
+        _shared() / "bundles" / (f"{name}-fp16" if fp16 else name), lambda folder: build(weights, folder, fp16=fp16)
+    )
+    bundle = TaskBundle.load(made)
     bundle.verify()
     return Built(weights, bundle)
 

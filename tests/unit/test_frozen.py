@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.bundles import LAYERS, Built, as_input, build, random_samples, random_theta, run_graph
+from support.bundles import LAYERS, Built, as_input, build, random_samples, random_theta, run_graph, shared_bundle
 from support.samples import CLASSES
 from support.torch_reference import torch_step
 
-from edge_runtime.resources.providers import cosine, relative_error
+from edge_runtime.resources.provider_trial import cosine, relative_error
 from export.frozen import quantize
 from fedfmsl.algorithms.arrays import NEVER
 from fedfmsl.protocol.bundle import FP16
@@ -28,10 +28,9 @@ def int8(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return build(weights, tmp_path_factory.mktemp("bundles") / "int8", precision="int8")
 
 
-@pytest.fixture(scope="module", params=["vit_folder", "bert_folder"])
-def fp16(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    weights: Path = request.getfixturevalue(request.param)
-    return build(weights, tmp_path_factory.mktemp("bundles") / "fp16", fp16=True)  # compares its graphs with torch
+@pytest.fixture(scope="module", params=["vit", "bert"])
+def fp16(request: pytest.FixtureRequest) -> Built:
+    return shared_bundle(request.param, fp16=True)  # its build compares the graphs with torch
 
 
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 40), columns=st.integers(1, 9), spread=st.floats(0, 4))
