@@ -30,6 +30,7 @@ from trainer_server.coordinator.state import CheckKeys, Plan, State, initial_sta
 from trainer_server.service.figures import Figures
 from trainer_server.service.loop import Service
 from trainer_server.service.run_log import LOG_BYTES, log_to_folder
+from trainer_server.service.same_name import require_own_run
 from trainer_server.service.start_from import read_start
 from trainer_server.service.stored import differing_settings, in_force, without_ignored
 from trainer_server.storage.origin import Origin
@@ -134,8 +135,13 @@ def run_server(
     the wall, in unix seconds, which decides when the run rests.
 
     Raises ConfigError if the run cannot have these limits or the metrics cannot be served, RunError if the run failed,
-    another server runs in its folder, or a newer server took over.
+    another server runs in its folder, another run has its name, or a newer server took over.
     """
+
+    def connection(will: Will | None = None) -> Link:
+        # a client id of its own: amqtt would not tell the older one of two servers with one client id
+        client_id = topics.client_id("server", secrets.token_hex(8))
+        return Link(broker, client_id, will, identity=identity, insecure=insecure, keepalive=keepalive)
 
     def opened(bundle: TaskBundle, changes: Mapping[str, Any] = NO_CHANGES) -> Service:
         """The service of the present session."""
@@ -150,20 +156,20 @@ def run_server(
             online=True,
             run=plan.config.run,
             session=plan.session,
+            first_session=store.origin.first.session,
+            instance=secrets.token_hex(8),
             bundle=bundle.sha256,
             task=bundle.task.sha256,
             bundle_url=bundle_url,
             model=bundle.manifest.model,
         )
         offline = status.model_copy(update={"online": False})
-        topics = Topics(plan.config.run, topic_prefix)
-        will = Will(topics.server_status, encode(offline))
-        # a client id of its own: amqtt would not tell the older one of two servers with one client id
-        client_id = topics.client_id("server", secrets.token_hex(8))
-        link = Link(broker, client_id, will, identity=identity, insecure=insecure, keepalive=keepalive)
+        link = connection(Will(topics.server_status, encode(offline)))
         return Service(plan, state, at, store, link, status, topics, figures, flooding, allowed, wall)
 
+    topics = Topics(store.origin.config.run, topic_prefix)
     with store.locked(), log_to_folder(store.folder, log_bytes):
+        require_own_run(connection(), topics, store.origin.first.session)
         figures, flooding = Figures.of_run(store), set[str]()
         service = opened(bundle, changes)
         if metrics:

@@ -107,7 +107,7 @@ class Service:
         self._uploads = Uploads(store.folder / "uploads", blob_bytes(plan.largest_update))
         self._decoder = Decoder(self._topics, self._uploads)
         self._publisher = Publisher(link, self._topics, status)
-        self._guard = DuplicateServerGuard(plan.session)
+        self._guard = DuplicateServerGuard(status.instance)
         self._liveness = Liveness(plan.config.most_devices)
         self._floods = FloodGuard(blob_bytes(plan.largest_update), plan.config.most_devices, flooding)
         self._sweeper = Sweeper(link, topics, flooding)
@@ -172,7 +172,8 @@ class Service:
             if self._next_begins:  # its server is online at once
                 self._publisher.delete_globals()
             elif not self._guard.superseded:  # else the retained status is the newer server's
-                self._publisher.publish_status(online=False)
+                begun = self._state.announced is not None or self._state.round > 0
+                self._publisher.publish_status(online=False, ended=self._store.ended is not None or not begun)
             self._link.close(self._publisher.last)
         if not self._next_begins and self._store.ended != FINISHED:
             raise RunError(self._store.ended)
@@ -337,8 +338,8 @@ class Service:
             self._publisher.publish_status(online=True)
         if self._guard.superseded:
             raise RunError(
-                f"another server was started for run {self._plan.config.run!r} and took over; "
-                "stop one of them, or start it with another --run"
+                f"another server was started for run {self._plan.config.run!r} and took over, from a copy of its "
+                "folder or at the same time; stop one of them, or start it with another --run"
             )
 
     def _obey(self) -> None:
