@@ -21,6 +21,7 @@ from trainer_server.service.loop import FINISHED
 from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.observations import read_observations
 from trainer_server.storage.operations import Operations
+from trainer_server.storage.run_status import server_process
 from trainer_server.storage.run_store import RunStore
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _ask(store: RunStore, operation: Operation) -> str:
         raise ConfigError(
             f"{store.folder} cannot be written ({error.strerror}); run the command as the server's user"
         ) from error
-    runs = store.ended is None and store.server().runs
+    runs = store.ended is None and server_process(store).runs
     return NOW if runs else f"when its server is started again: python -m trainer_server resume --out {store.folder}"
 
 

@@ -31,11 +31,13 @@ from trainer_server.console.snapshot import RunReader, Runs, Snapshot
 from trainer_server.coordinator.events import OperatorActed
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.operator import Action, Operation
+from trainer_server.storage.event_rows import LoggedEvent
 from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.observations import DeviceView, Observations, ServerView, read_observations
 from trainer_server.storage.operations import Operations
 from trainer_server.storage.origin import Origin
-from trainer_server.storage.run_store import LoggedEvent, RefusalCount, RunStore
+from trainer_server.storage.refusal_counts import RefusalCount
+from trainer_server.storage.run_store import RunStore
 
 HOSTILE = "<script>alert(1)</script>"
 

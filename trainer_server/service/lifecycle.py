@@ -33,8 +33,10 @@ from trainer_server.service.run_log import LOG_BYTES, log_to_folder
 from trainer_server.service.same_name import require_own_run
 from trainer_server.service.start_from import read_start
 from trainer_server.service.stored import differing_settings, in_force, without_ignored
+from trainer_server.storage.event_rows import LoggedEvent
 from trainer_server.storage.origin import Origin
-from trainer_server.storage.run_store import DATABASE, LoggedEvent, RunStore, require_folder
+from trainer_server.storage.run_status import limits_in_force
+from trainer_server.storage.run_store import DATABASE, RunStore, require_folder
 from trainer_server.tracking.tracker import Tracker
 
 logger = logging.getLogger(__name__)
@@ -86,7 +88,7 @@ def open_run(folder: Path, config: RunConfig, bundle: TaskBundle, source: Path |
             f"{folder} holds run {origin.config.run!r} with another task ({describe_classes(store.task().classes)}); "
             f"resume it with python -m trainer_server resume --out {folder}, or choose another --out"
         )
-    now = in_force(origin.config, store.limits())
+    now = in_force(origin.config, limits_in_force(store))
     config, warning = without_ignored(origin.config, now, config)
     if config != now:
         differences, changes = differing_settings(now, config)
@@ -146,7 +148,7 @@ def run_server(
     def opened(bundle: TaskBundle, changes: Mapping[str, Any] = NO_CHANGES) -> Service:
         """The service of the present session."""
         # a file of a crashed server in this folder is removed with the next checkpoint
-        plan = replace(make_plan(store, bundle), scratch=store.tensors)
+        plan = replace(make_plan(store, bundle), scratch=store.blobs.folder)
         state, at = restore_state(store, plan)
         plan = replace(plan, check_keys=_key_check(identity))
         state = change_limits(store, plan, state, at, changes)
@@ -168,7 +170,7 @@ def run_server(
         return Service(plan, state, at, store, link, status, topics, figures, flooding, allowed, wall)
 
     topics = Topics(store.origin.config.run, topic_prefix)
-    with store.locked(), log_to_folder(store.folder, log_bytes):
+    with store.files.locked(), log_to_folder(store.folder, log_bytes):
         require_own_run(connection(), topics, store.origin.first.session)
         figures, flooding = Figures.of_run(store), set[str]()
         service = opened(bundle, changes)
@@ -215,7 +217,7 @@ def change_limits(store: RunStore, plan: Plan, state: State, at: float, changes:
 
 
 def make_plan(store: RunStore, bundle: TaskBundle) -> Plan:
-    return Plan(store.origin.session_config, bundle, store.origin.session, store.read, warm=store.warm_start())
+    return Plan(store.origin.session_config, bundle, store.origin.session, store.blobs.read, warm=store.warm_start())
 
 
 def restore_state(store: RunStore, plan: Plan) -> tuple[State, float]:
