@@ -226,6 +226,12 @@ def test_proposed_classes_are_shown_and_added(vit: Built, tmp_path: Path) -> Non
             assert ask(site, f"{path}action", form={**form, "classes": wrong})[0] == 400
         for known in ("Apple", "quince"):
             assert ask(site, f"{path}action", form={**form, "classes": known})[0] == 409
+        (link,) = re.findall(r'href="([^"]*action=withdraw[^"]*)"', ask(site, path)[1])
+        assert "Withdraw quince, so that it is not added" in ask(site, html.unescape(link))[1]
+        assert ask(site, f"{path}action", form={**form, "action": "withdraw", "classes": "apple"})[0] == 409
+        assert ask(site, f"{path}action", form={**form, "action": "withdraw", "classes": "quince"})[0] == 303
+        last = Operations(folder).waiting()[-1][1]
+        assert last is not None and last.action is Action.WITHDRAW
 
 
 def test_the_page_of_a_round_offers_to_return_to_its_global_expert_if_it_is_kept(vit: Built, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_the_command_lists_what_devices_propose_and_adds_classes(run: Coordinato
     store.save_checkpoint(run.state, 0.0)
     statuses = {name: run.status(name, proposed=counts) for name, counts in proposed.items()}
     Observations(store.folder).save(ServerView(seen=time.time(), adds=("pear",)), statuses)
-    assert [line.split() for line in classes().stdout.splitlines()[2:]] == [
+    assert [line.split() for line in classes().stdout.splitlines()[-2:]] == [
         ["quince", "2", "8", "a,", "b"],
         ["fig", "[x]", "1", "1", "b"],
     ]
@@ -167,6 +167,9 @@ def test_the_command_lists_what_devices_propose_and_adds_classes(run: Coordinato
     ((_, operation),) = Operations(store.folder).waiting()
     assert operation is not None and operation.classes == ("quince", "f\u00edg")
     assert "the class 'quince' is added after" in str(classes("--add", "quince").exception)
+    assert "apple does not wait to be added, these do: quince, fíg" in str(classes("--withdraw", "apple").exception)
+    assert "does not add quince, when its server is started" in classes("--withdraw", "quince").stdout
+    assert json.loads(classes("--json").stdout)["to_add"] == ["fíg"]
     store.commit([], ended="finished")
     assert "has ended (finished); start a new run with --from" in str(classes("--add", "lime").exception)
 

@@ -135,6 +135,18 @@ def test_names_that_cannot_be_added_change_nothing(vit: Built, names: tuple[str,
     assert run.state is before
 
 
+def test_a_class_is_withdrawn_until_it_is_added(vit: Built) -> None:
+    run = started(vit, approve_classes="min-devices=1")
+    proposes_lime = run.status("a", proposed={"lime": 5})
+    run.feed_only(ADD, OperatorActed(Operation(action=Action.CLASSES, classes=("fig",))), StatusSeen(proposes_lime))
+    run.feed_only(OperatorActed(Operation(action=Action.WITHDRAW, classes=NEW)))
+    assert approved(run.plan, run.state) == ("fig", "lime")
+    for name, why in (("quince", "does not wait to be added"), ("lime", "--approve-classes adds it")):
+        before = run.state
+        run.feed_only(OperatorActed(Operation(action=Action.WITHDRAW, classes=(name,))))
+        assert run.state is before and why in run.of(Log)[-1].text
+
+
 def test_the_rule_adds_what_enough_devices_propose(vit: Built) -> None:
     run = started(vit, approve_classes="min-devices=2", max_repeats=0, min_updates=3)
     proposed = {"a": {"quince": 5, "fig": 1}, "b": {"quince": 3}, "c": {"fig": 9}, "d": {"pear": 2}}
