@@ -15,7 +15,8 @@ COMMANDS = {
     "export": "Write the current global expert as a PEFT adapter. Works also while the server runs.",
     "replay": "Recompute a run from its event log and compare every round, bit by bit. Needs a run with --audit.",
     "rollback": "Return a run, in progress or finished, to the global expert that an earlier round has made.",
-    "classes": "List the classes that devices propose to a run, or add classes to it.",
+    "classes": "List the classes that devices propose to a run, add classes to it, or withdraw them before they are "
+    "added.",
 }
 app = lazy_group(
     "Coordinate a federated run: both stages of FedFMSL, over MQTT.",
