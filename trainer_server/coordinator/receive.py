@@ -64,7 +64,9 @@ def receive_update(plan: Plan, state: State, event: UpdateSeen, now: float) -> t
     )
     if validation.verdict is not Verdict.ACCEPTED:
         about = f"update for round {update.round}: {validation.reason}"
-        replies: list[Command] = [SendAck(ack), CountRefusal(update.device, validation.kind, about)]
+        replies: list[Command] = [SendAck(ack)]
+        if validation.verdict is not Verdict.DUPLICATE:  # it counts already: its acknowledgement was lost
+            replies.append(CountRefusal(update.device, validation.kind, about))
         here = (update.run, update.session, update.round) == (plan.config.run, plan.session, state.round)
         if here and validation.verdict is Verdict.REJECTED:
             state, commands = refuse_update(state, update.device)

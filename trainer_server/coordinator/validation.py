@@ -52,7 +52,7 @@ def validate_update(plan: Plan, state: State, update: Update, tensors: Tensors) 
         return rejected("excluded", "the operator has excluded this device from the run")
     key = (update.round, update.device)
     if key in state.counted or key in state.updates:
-        return Validation(Verdict.DUPLICATE, "repeated", "already counted")
+        return Validation(Verdict.DUPLICATE, reason="already counted")
     if announced is None or update.round > state.round:
         return rejected("other round", f"round {update.round} has not been announced")
     recent = () if secure else state.recent
