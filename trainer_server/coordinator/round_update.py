@@ -21,6 +21,7 @@ from fedfmsl.algorithms.arrays import Doubles, Tensors, Vector
 from fedfmsl.algorithms.bounds import NORM_ROUNDS, SUMS_CAP, capped_weights, norm_limit
 from fedfmsl.algorithms.class_means import class_mean_head, direction_head
 from fedfmsl.algorithms.discriminant import discriminant_head, logit_head, with_former_rows
+from fedfmsl.algorithms.steps import Values
 from fedfmsl.algorithms.weighted_sums import weighted_mean
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.layout import Layout
@@ -251,7 +252,7 @@ def _held_out(state: State) -> float:
     return median(accuracies) if accuracies else 0.0
 
 
-def _combined(plan: Plan, state: State, layout: Layout, delta: Callable[[Plan, Update, Tensors], Vector]) -> Aggregate:
+def _combined(plan: Plan, state: State, layout: Layout, delta: Callable[[Plan, Update, Tensors], Values]) -> Aggregate:
     """The aggregated update of the round.
 
     Updates above `update_limit` are scaled down to it, and weights are capped. An update that is s rounds late has
@@ -261,11 +262,9 @@ def _combined(plan: Plan, state: State, layout: Layout, delta: Callable[[Plan, U
     """
 
     privacy, aggregation, in_order = plan.config.privacy, plan.config.aggregation, _in_order(state)
-    limit = update_limit(plan, state)
 
-    def read(accepted: Accepted) -> Vector:
-        vector = delta(plan, accepted.update, plan.read(accepted.sha256))
-        return vector * np.float32(limit / accepted.norm) if accepted.norm > limit else vector
+    def read(accepted: Accepted) -> Values:
+        return delta(plan, accepted.update, plan.read(accepted.sha256))
 
     weights = [float(1 if privacy else accepted.update.samples) for accepted in in_order]
     if aggregation.weight_cap is not None:
@@ -276,11 +275,13 @@ def _combined(plan: Plan, state: State, layout: Layout, delta: Callable[[Plan, U
         late = state.round - update.round
         size = layout.size(update.level) if update.stage is Stage.GLOBAL else layout.total
         former = state.agreements.get(update.device) if state.announced and state.announced.index else None
+        discounted = weight / (1 + late) ** 0.5
         contributions.append(
-            Contribution(weight / (1 + late) ** 0.5, size, partial(read, accepted), former, update.device)
+            Contribution(discounted, size, partial(read, accepted), former, update.device, accepted.norm)
         )
     least = privacy.shares if privacy else 1
-    return aggregation.aggregation_rule.aggregate(contributions, layout.parts, least, plan.scratch)
+    rule = aggregation.aggregation_rule.clipped(update_limit(plan, state))
+    return rule.aggregate(contributions, layout.parts, least, plan.scratch)
 
 
 def _screened(plan: Plan, state: State, combined: Aggregate) -> State:
