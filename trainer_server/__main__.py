@@ -31,6 +31,7 @@ from trainer_server.service.purge import purge as remove_retained
 from trainer_server.service.run_log import log_operator_state
 from trainer_server.service.stored import refuse_changes, require_unchanged
 from trainer_server.settings import ConsoleSettings, PurgeSettings, ResumeSettings, ServerSettings, ServiceSettings
+from trainer_server.storage.run_status import paused_and_excluded
 from trainer_server.storage.run_store import RunStore, require_folder
 
 logger = logging.getLogger("trainer_server")  # __name__ is __main__ here
@@ -95,7 +96,7 @@ def _coordinate(
         if text := store.origin.uncounted:
             logger.warning(text)
     if store.ended is None:
-        log_operator_state(*store.paused_and_excluded())
+        log_operator_state(*paused_and_excluded(store))
     identity, insecure = settings.identity, settings.insecure
     if settings.allowed is not None and len(settings.allowed) < store.origin.config.devices:
         raise ConfigError(

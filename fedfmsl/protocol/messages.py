@@ -102,13 +102,17 @@ class Encoding(str, Enum):
 
 class ServerStatus(Message):
     """Retained, last will. Each execution of a run name has its own `session`; a restarted server keeps it. It
-    distinguishes messages and files of an earlier execution. `chunk_bytes`: the size of chunks that the broker takes.
-    `task`: the SHA-256 of the run's task, whose chunks are among those of globals.
+    distinguishes messages and files of an earlier execution. `first_session`: the same in all sessions of a run.
+    `instance`: random at each start of a server. `ended`: no device waits for this run. `chunk_bytes`: the size of
+    chunks that the broker takes. `task`: the SHA-256 of the run's task, whose chunks are among those of globals.
     """
 
     online: bool
     run: Name
     session: Session
+    first_session: Session | None = None
+    instance: str = Field(default="", max_length=32)
+    ended: bool = False
     bundle: Sha256 = ""
     task: Sha256 = ""
     bundle_url: Url = ""

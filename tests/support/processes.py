@@ -306,7 +306,7 @@ class Federation:
 
     def rounds(self) -> list[dict[str, Any]]:
         """The server's records of closed rounds."""
-        return [closed.model_dump(mode="json") for closed in RunStore(self.server_folder).rounds()]
+        return [closed.model_dump(mode="json") for closed in RunStore(self.server_folder).rounds.all()]
 
     def start_server(self, *arguments: str, launcher: Sequence[str] = ("-m",)) -> Process:
         """May be called again after the server has ended: it resumes its run. The sums are plain unless the arguments

@@ -61,7 +61,7 @@ from trainer_server.coordinator.round_update import (
 )
 from trainer_server.coordinator.secure_sums import MAX_REPEATS, asked_devices, secure_level, shortage
 from trainer_server.coordinator.selection import announced_as, at_most, eligible_devices, select_devices
-from trainer_server.coordinator.sessions import ending, unprepared, why_no_classes
+from trainer_server.coordinator.sessions import ending, unprepared, why_no_classes, why_not_withdrawn
 from trainer_server.coordinator.state import SUMS, TRAINING, Part, Plan, State, Step, after_hold
 from trainer_server.coordinator.waiting import fewest_updates, is_short, must_wait, needed_updates, reason, remedy
 
@@ -116,6 +116,8 @@ def _why_not(plan: Plan, state: State, operation: Operation) -> str:
     """Why an action of the operator is not possible, or "". Others are checked when they are carried out."""
     if operation.action is Action.ROLLBACK:
         return why_no_rollback(plan, state)
+    if operation.action is Action.WITHDRAW:
+        return why_not_withdrawn(plan, state, operation.classes)
     return why_no_classes(plan, state, operation.classes) if operation.action is Action.CLASSES else ""
 
 
