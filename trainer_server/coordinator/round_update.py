@@ -66,8 +66,8 @@ def update_limit(plan: Plan, state: State) -> float:
 
 def scaled_down(plan: Plan, state: State) -> str:
     """Names the devices whose updates are scaled down; "" if there are none."""
-    limit, norms = update_limit(plan, state), {key: state.updates[key].norm for key in sorted(state.updates)}
-    large = [f"{device} ({norm:.4g})" for (_, device), norm in norms.items() if norm > limit]
+    limit = update_limit(plan, state)
+    large = [f"{each.update.device} ({each.norm:.4g})" for each in state.in_order if each.norm > limit]
     return (
         f"round {state.round}: updates with a norm far above the median were scaled down to {limit:.4g}: "
         f"{listed(large)}; if this repeats, check these devices"
@@ -158,7 +158,7 @@ def _statistics(plan: Plan, state: State, closing: Round) -> State:
 def _total(plan: Plan, state: State, layout: Layout, read: Callable[[Plan, int, Tensors], Vector]) -> Doubles:
     """The sums of all updates, flat. Sums of more samples than the median device has are scaled down to as many: a
     device cannot outweigh the others by claiming samples."""
-    in_order, total = _in_order(state), np.zeros(layout.total)
+    in_order, total = state.in_order, np.zeros(layout.total)
     samples = [float(accepted.update.samples) for accepted in in_order]
     is_bounded = plan.config.privacy is None and plan.config.aggregation.weight_cap is not None
     kept = capped_weights(samples, SUMS_CAP) if is_bounded else samples
@@ -247,7 +247,7 @@ def _with_gate(plan: Plan, state: State, combined: Aggregate) -> State:
 def _held_out(state: State) -> float:
     """The median of the devices' held-out accuracies. Unweighted, so a false one moves it to a neighbouring accuracy at
     most. 0 under privacy, where devices report none."""
-    metrics = [accepted.update.metrics for accepted in _in_order(state)]
+    metrics = [accepted.update.metrics for accepted in state.in_order]
     accuracies = [each["held_out_global"] for each in metrics if "held_out_global" in each]
     return median(accuracies) if accuracies else 0.0
 
@@ -261,7 +261,7 @@ def _combined(plan: Plan, state: State, layout: Layout, delta: Callable[[Plan, U
     released, because it has too little noise.
     """
 
-    privacy, aggregation, in_order = plan.config.privacy, plan.config.aggregation, _in_order(state)
+    privacy, aggregation, in_order = plan.config.privacy, plan.config.aggregation, state.in_order
 
     def read(accepted: Accepted) -> Values:
         return delta(plan, accepted.update, plan.read(accepted.sha256))
@@ -288,7 +288,7 @@ def _screened(plan: Plan, state: State, combined: Aggregate) -> State:
     """The state with the agreements after a round: of the first round of a stage only its own."""
     assert state.announced is not None
     former, counts = (state.agreements, state.left_out) if state.announced.index else ({}, {})
-    devices = [accepted.update.device for accepted in _in_order(state)]
+    devices = [accepted.update.device for accepted in state.in_order]
     found = zip(devices, combined.agreements or [None] * len(devices), strict=True)
     state = replace(state, agreements={**former, **{device: each for device, each in found if each is not None}})
     return replace(state, left_out={**counts, **{name: counts.get(name, 0) + 1 for name in _outliers(plan, state)}})
@@ -296,11 +296,7 @@ def _screened(plan: Plan, state: State, combined: Aggregate) -> State:
 
 def newest_updates(state: State) -> dict[str, Update]:
     """By device: with `--max-staleness` a round may have several updates of one device."""
-    return {accepted.update.device: accepted.update for accepted in _in_order(state)}
-
-
-def _in_order(state: State) -> list[Accepted]:
-    return [state.updates[key] for key in sorted(state.updates)]
+    return {accepted.update.device: accepted.update for accepted in state.in_order}
 
 
 APPLY: dict[Stage, Callable[[Plan, State, Round], State]] = {
