@@ -109,7 +109,9 @@ def classes(
 def _withdraw(store: RunStore, pending: Sequence[str], text: str) -> None:
     from fedfmsl.common.cli import console
 
-    names = check_names([normal_form(name) for name in split_names(text)], "--withdraw")
+    names = tuple(map(normal_form, split_names(text)))
+    if not names:
+        raise ConfigError("--withdraw names no class; write it like --withdraw apple,pear")
     if unknown := [name for name in names if name not in pending]:
         waiting = f"these do: {listed(pending)}" if pending else "none does"
         raise ConfigError(

@@ -34,6 +34,7 @@ from trainer_server.coordinator.state import NO_SUMS, TRAINING, Accepted, Part, 
 from trainer_server.coordinator.validation import class_statistics, expert_delta, gate_delta, head_statistics
 
 ROUNDING = 1e-6  # of an accuracy from fixed-point numbers
+NAMED = 1.5  # times the limit of the norm, from which the log names a device
 OFTEN, LEAST_ROUNDS = 3, 2  # left out of a third of the rounds of stage 1, and at least of two
 
 
@@ -65,14 +66,17 @@ def update_limit(plan: Plan, state: State) -> float:
 
 
 def scaled_down(plan: Plan, state: State) -> str:
-    """Names the devices whose updates are scaled down; "" if there are none."""
+    """Names the devices whose updates are much larger than the others and are scaled down; "" if there are none. It
+    names none if most updates of the round are so large, because that is not a fault of single devices."""
     limit = update_limit(plan, state)
-    large = [f"{each.update.device} ({each.norm:.4g})" for each in state.in_order if each.norm > limit]
+    large = [f"{each.update.device} ({each.norm:.4g})" for each in state.in_order if each.norm > NAMED * limit]
+    if not large:
+        return ""
+    if 2 * len(large) > len(state.updates):
+        return f"round {state.round}: most updates are larger than those of earlier rounds, and are scaled down"
     return (
         f"round {state.round}: updates with a norm far above the median were scaled down to {limit:.4g}: "
         f"{listed(large)}; if this repeats, check these devices"
-        if large
-        else ""
     )
 
 
