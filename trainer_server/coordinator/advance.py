@@ -443,7 +443,7 @@ def _record(state: State, closing: Round, now: float, repeated: str, rejected: s
 
     If late updates count, a device may have several: the record has the newest one, and the bytes of all.
     """
-    in_order = [state.updates[key] for key in sorted(state.updates)]
+    in_order = state.in_order
     bytes_up: Counter[str] = Counter()
     for accepted in in_order:
         bytes_up[accepted.update.device] += accepted.size
