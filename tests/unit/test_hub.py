@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from socketserver import BaseRequestHandler, ThreadingTCPServer
 
 import numpy as np
 import pytest
 from support.bundles import IMAGE_SIZE, Built, build
+from support.commands import Commands
 from support.hub import Hub
 from support.samples import CLASSES
 from support.tiny_models import write_clip
@@ -22,34 +20,8 @@ from fedfmsl.errors import ConfigError, WeightsError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.task_bundle import TaskBundle
 
-ROOT = Path(__file__).parents[2]
 REPOSITORY = "openai/clip-vit-base-patch16"
 OLD, NEW = "1" * 40, "2" * 40
-
-
-class ClosingServer(ThreadingTCPServer):
-    """Closes every connection at once, and counts them."""
-
-    calls = 0
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), BaseRequestHandler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    def verify_request(self, *_: object) -> bool:
-        self.calls += 1
-        return False
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-@pytest.fixture
-def closing_server() -> Iterator[ClosingServer]:
-    server = ClosingServer()
-    yield server
-    server.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +48,26 @@ def built_of(weights: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     }
 
 
-def run_build(
-    url: str, home: Path, out: Path, *arguments: str, model: str = "clip-vit-b16"
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "export.build", "--model", model, "--levels", "1", "--out", str(out)]
-    options = ["--image-size", str(IMAGE_SIZE), "--classes", ",".join(CLASSES), *arguments]
-    environment = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*command, *options], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
+@pytest.fixture(scope="module")
+def commands(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """A process whose hub is `hub`, with a cache that is empty at first."""
+    home = str(tmp_path_factory.mktemp("home"))
+    with Commands("export.build", {"HF_ENDPOINT": hub.url, "HF_HOME": home, "HF_HUB_OFFLINE": "0"}) as commands:
+        yield commands
+
+
+@contextmanager
+def silence(hub: Hub) -> Iterator[None]:
+    """The hub answers no request. Its list of requests begins anew."""
+    hub.requests.clear()
+    hub.silent = True
+    yield
+    hub.silent = False
+
+
+def run_build(commands: Commands, out: Path, *arguments: str, model: str = "clip-vit-b16") -> tuple[int, str, str]:
+    options = ["--image-size", str(IMAGE_SIZE), "--classes", ",".join(CLASSES), "--levels", "1"]
+    return commands.run("--model", model, "--out", str(out), *options, *arguments)
 
 
 def assert_same_commit(bundle: TaskBundle, expected: TaskBundle) -> None:
@@ -99,7 +82,7 @@ def assert_same_commit(bundle: TaskBundle, expected: TaskBundle) -> None:
 @pytest.mark.parametrize(("revision", "commit"), [("v1", OLD), (None, NEW)])
 def test_all_files_are_of_one_commit_which_the_manifest_names(
     hub: Hub,
-    closing_server: ClosingServer,
+    commands: Commands,
     built_of: dict[str, Built],
     tmp_path: Path,
     revision: str | None,
@@ -107,8 +90,8 @@ def test_all_files_are_of_one_commit_which_the_manifest_names(
 ) -> None:
     hub.requests.clear()
     pin = ["--revision", revision] if revision else []
-    result = run_build(hub.url, tmp_path / "home", tmp_path / "online", *pin)
-    assert result.returncode == 0, result.stderr
+    code, _, errors = run_build(commands, tmp_path / "online", *pin)
+    assert code == 0, errors
     bundle = TaskBundle.load(tmp_path / "online")
     assert bundle.manifest.peft.revision == commit
     assert bundle.manifest.peft.base == REPOSITORY
@@ -119,20 +102,22 @@ def test_all_files_are_of_one_commit_which_the_manifest_names(
         file for _, file in requested
     }
     if revision:  # then the cache is enough if the hub does not answer
-        result = run_build(closing_server.url, tmp_path / "home", tmp_path / "offline", *pin)
-        assert result.returncode == 0, result.stderr
-        assert "the hub does not answer" in result.stdout
-        assert closing_server.calls == 1
+        with silence(hub):
+            code, out, errors = run_build(commands, tmp_path / "offline", *pin)
+        assert code == 0, errors
+        assert "the hub does not answer" in out
+        assert len(hub.requests) == 1
         assert Bundle.load(tmp_path / "offline").sha256 == bundle.sha256
 
 
 def test_without_hub_and_cache_the_error_comes_at_once_with_a_remedy(
-    closing_server: ClosingServer, tmp_path: Path
+    hub: Hub, commands: Commands, tmp_path: Path
 ) -> None:
-    result = run_build(closing_server.url, tmp_path / "home", tmp_path / "out", model="vit-b16")
-    assert closing_server.calls == 1  # the hub's client would try six times, half a minute, for each file
-    assert result.returncode == WeightsError.exit_code
-    (line,) = result.stderr.strip().splitlines()
+    with silence(hub):
+        code, _, errors = run_build(commands, tmp_path / "out", model="vit-b16")
+    assert len(hub.requests) == 1  # the hub's client would try six times, half a minute, for each file
+    assert code == WeightsError.exit_code
+    (line,) = errors.splitlines()
     assert line.startswith("error: cannot fetch google/vit-base-patch16-224-in21k")
     assert "--weights FOLDER" in line and "--weights random" in line
 
@@ -142,10 +127,10 @@ def test_with_hf_hub_offline_the_hub_counts_as_unreachable() -> None:
     assert not _is_hub_reachable()
 
 
-def test_a_revision_that_does_not_exist_is_an_error(hub: Hub, tmp_path: Path) -> None:
-    result = run_build(hub.url, tmp_path / "home", tmp_path / "out", "--revision", "v9")
-    assert result.returncode == WeightsError.exit_code
-    (line,) = result.stderr.strip().splitlines()
+def test_a_revision_that_does_not_exist_is_an_error(commands: Commands, tmp_path: Path) -> None:
+    code, _, errors = run_build(commands, tmp_path / "out", "--revision", "v9")
+    assert code == WeightsError.exit_code
+    (line,) = errors.splitlines()
     assert f"cannot fetch {REPOSITORY} at revision v9" in line
 
 
