@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.bundles import IMAGE_SIZE, Built, build
-from support.commands import Commands
 from support.hub import Hub
 from support.samples import CLASSES
 from support.tiny_models import write_clip
+from support.warm_python import Ended, WarmPython
 
 from export.weights import _is_hub_reachable, load_backbone
 from fedfmsl.errors import ConfigError, WeightsError
@@ -49,11 +49,12 @@ def built_of(weights: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="module")
-def commands(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    """A process whose hub is `hub`, with a cache that is empty at first."""
+def python(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPython]:
+    """Its hub is `hub`, and its cache is empty at first."""
     home = str(tmp_path_factory.mktemp("home"))
-    with Commands("export.build", {"HF_ENDPOINT": hub.url, "HF_HOME": home, "HF_HUB_OFFLINE": "0"}) as commands:
-        yield commands
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": home, "HF_HUB_OFFLINE": "0"}
+    with WarmPython("export.pipeline", environment=environment) as python:
+        yield python
 
 
 @contextmanager
@@ -65,9 +66,9 @@ def silence(hub: Hub) -> Iterator[None]:
     hub.silent = False
 
 
-def run_build(commands: Commands, out: Path, *arguments: str, model: str = "clip-vit-b16") -> tuple[int, str, str]:
+def run_build(python: WarmPython, out: Path, *arguments: str, model: str = "clip-vit-b16") -> Ended:
     options = ["--image-size", str(IMAGE_SIZE), "--classes", ",".join(CLASSES), "--levels", "1"]
-    return commands.run("--model", model, "--out", str(out), *options, *arguments)
+    return python.run("export.build", "--model", model, "--out", str(out), *options, *arguments)
 
 
 def assert_same_commit(bundle: TaskBundle, expected: TaskBundle) -> None:
@@ -82,7 +83,7 @@ def assert_same_commit(bundle: TaskBundle, expected: TaskBundle) -> None:
 @pytest.mark.parametrize(("revision", "commit"), [("v1", OLD), (None, NEW)])
 def test_all_files_are_of_one_commit_which_the_manifest_names(
     hub: Hub,
-    commands: Commands,
+    python: WarmPython,
     built_of: dict[str, Built],
     tmp_path: Path,
     revision: str | None,
@@ -90,8 +91,8 @@ def test_all_files_are_of_one_commit_which_the_manifest_names(
 ) -> None:
     hub.requests.clear()
     pin = ["--revision", revision] if revision else []
-    code, _, errors = run_build(commands, tmp_path / "online", *pin)
-    assert code == 0, errors
+    ended = run_build(python, tmp_path / "online", *pin)
+    assert ended.code == 0, ended.stderr
     bundle = TaskBundle.load(tmp_path / "online")
     assert bundle.manifest.peft.revision == commit
     assert bundle.manifest.peft.base == REPOSITORY
@@ -103,23 +104,21 @@ def test_all_files_are_of_one_commit_which_the_manifest_names(
     }
     if revision:  # then the cache is enough if the hub does not answer
         with silence(hub):
-            code, out, errors = run_build(commands, tmp_path / "offline", *pin)
-        assert code == 0, errors
-        assert "the hub does not answer" in out
+            ended = run_build(python, tmp_path / "offline", *pin)
+        assert ended.code == 0, ended.stderr
+        assert "the hub does not answer" in ended.stdout
         assert len(hub.requests) == 1
         assert Bundle.load(tmp_path / "offline").sha256 == bundle.sha256
 
 
 def test_without_hub_and_cache_the_error_comes_at_once_with_a_remedy(
-    hub: Hub, commands: Commands, tmp_path: Path
+    hub: Hub, python: WarmPython, tmp_path: Path
 ) -> None:
     with silence(hub):
-        code, _, errors = run_build(commands, tmp_path / "out", model="vit-b16")
+        ended = run_build(python, tmp_path / "out", model="vit-b16")
     assert len(hub.requests) == 1  # the hub's client would try six times, half a minute, for each file
-    assert code == WeightsError.exit_code
-    (line,) = errors.splitlines()
-    assert line.startswith("error: cannot fetch google/vit-base-patch16-224-in21k")
-    assert "--weights FOLDER" in line and "--weights random" in line
+    remedies = ("--weights FOLDER", "--weights random")
+    ended.assert_error(WeightsError.exit_code, "cannot fetch google/vit-base-patch16-224-in21k", *remedies)
 
 
 def test_with_hf_hub_offline_the_hub_counts_as_unreachable() -> None:
@@ -127,11 +126,9 @@ def test_with_hf_hub_offline_the_hub_counts_as_unreachable() -> None:
     assert not _is_hub_reachable()
 
 
-def test_a_revision_that_does_not_exist_is_an_error(commands: Commands, tmp_path: Path) -> None:
-    code, _, errors = run_build(commands, tmp_path / "out", "--revision", "v9")
-    assert code == WeightsError.exit_code
-    (line,) = errors.splitlines()
-    assert f"cannot fetch {REPOSITORY} at revision v9" in line
+def test_a_revision_that_does_not_exist_is_an_error(python: WarmPython, tmp_path: Path) -> None:
+    ended = run_build(python, tmp_path / "out", "--revision", "v9")
+    ended.assert_error(WeightsError.exit_code, f"cannot fetch {REPOSITORY} at revision v9")
 
 
 def test_a_revision_of_random_weights_is_refused() -> None:
