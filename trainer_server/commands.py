@@ -17,7 +17,7 @@ from typing import Any
 import typer
 
 from fedfmsl.common.cli import application
-from fedfmsl.common.logs import set_up_logging
+from fedfmsl.common.logs import set_up_logging, signals_logged
 from fedfmsl.common.options import with_settings
 from fedfmsl.common.settings import read_settings
 from fedfmsl.errors import ConfigError, RunError
@@ -107,6 +107,7 @@ def _coordinate(
             "names, or lower --devices"
         )
     with ExitStack() as served:
+        served.enter_context(signals_logged(logger, f"to go on: python -m trainer_server resume --out {store.folder}"))
         url = ""
         if settings.serve:
             bundle_server = BundleServer(
@@ -144,7 +145,7 @@ def show_console(settings: ConsoleSettings) -> None:
     if not settings.out.is_dir():
         raise RunError(f"--out {settings.out} does not exist; give the folder of a run, or of several runs")
     job = console_job(settings.console, settings.out, settings.identity, settings.revoked, settings.console_token)
-    with serve(job):
+    with signals_logged(logger, "the runs go on"), serve(job):
         logger.info(job.where)
         threading.Event().wait()
 
