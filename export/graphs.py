@@ -18,8 +18,9 @@ from export.families.family import LORA_TARGETS, Family
 from export.frozen import PRECISIONS
 from export.graph import Array, Graph, WeightFile
 from export.transformer import Geometry, Lora, Transformer
-from fedfmsl.protocol.bundle import Precision, Preprocessing, TextPreprocessing
+from fedfmsl.protocol.bundle import Preprocessing, TextPreprocessing
 from fedfmsl.protocol.layout import Layout
+from fedfmsl.protocol.setting_types import Precision
 
 GATE_WIDTH = 16
 

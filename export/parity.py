@@ -13,7 +13,8 @@ from export.weights import Backbone
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.common.onnx_runtime import keep_int8_exact
 from fedfmsl.errors import BundleError
-from fedfmsl.protocol.bundle import Bundle, Precision
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.setting_types import Precision
 from fedfmsl.protocol.task_bundle import TaskBundle
 
 # int8 errors on two random samples: DINOv2 0.04, MiniLM 0.22 (on real texts its gradient has a cosine of 0.99 to fp32)

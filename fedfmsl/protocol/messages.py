@@ -79,7 +79,6 @@ EXCHANGE = (Stage.KEYS, Stage.SHARES, Stage.UNMASK)  # the rounds of secure sums
 NOISED = (Stage.STATISTICS, Stage.GLOBAL, Stage.PERSONAL)  # with privacy, devices add noise to these
 
 EngineName = Literal["step-graph", "ort-training"]
-EngineChoice = Literal["auto", "step-graph", "ort-training"]
 
 
 class Training(Message):

@@ -354,6 +354,9 @@ def test_observations_are_written_at_most_once_a_second_and_only_changes(tmp_pat
     assert server == ServerView(seen=102.0)
     assert devices["a"].heard == 101.0
     assert read_observations(tmp_path, since=103.0)[1] == {}
+    observations._next = 0.0
+    observations.save(ServerView(seen=104.0), {"b": status("b")})  # the run has forgotten the other device
+    assert read_observations(tmp_path)[1].keys() == {"b"}
     observations.close()
     (tmp_path / "observations.sqlite").write_text("no database")
     assert read_observations(tmp_path) == (None, {})

@@ -61,7 +61,7 @@ from trainer_server.coordinator.round_update import (
 )
 from trainer_server.coordinator.secure_sums import MAX_REPEATS, asked_devices, secure_level, shortage
 from trainer_server.coordinator.selection import announced_as, at_most, eligible_devices, select_devices
-from trainer_server.coordinator.sessions import ending, unprepared, why_no_classes, why_not_withdrawn
+from trainer_server.coordinator.sessions import ending, prepares, why_no_classes, why_not_withdrawn
 from trainer_server.coordinator.state import SUMS, TRAINING, Part, Plan, State, Step, after_hold
 from trainer_server.coordinator.waiting import fewest_updates, is_short, must_wait, needed_updates, reason, remedy
 
@@ -155,7 +155,7 @@ def _maybe_start(plan: Plan, state: State, wall: float, now: float) -> tuple[Sta
         return state, commands
     timed_out, least = now >= next_deadline(plan, state), state.limits.min_updates
     wanted = plan.config.devices if state.round == 0 else least
-    if (len(state.devices) < wanted or unprepared(plan, state)) and not timed_out:
+    if (len(state.devices) < wanted or prepares(plan, state)) and not timed_out:
         return state, []
     if state.standing.needs_news and state.standing.lacks(state.limits, map(state.devices.__getitem__, state.ready)):
         return state, []
@@ -443,7 +443,7 @@ def _record(state: State, closing: Round, now: float, repeated: str, rejected: s
 
     If late updates count, a device may have several: the record has the newest one, and the bytes of all.
     """
-    in_order = [state.updates[key] for key in sorted(state.updates)]
+    in_order = state.in_order
     bytes_up: Counter[str] = Counter()
     for accepted in in_order:
         bytes_up[accepted.update.device] += accepted.size

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -306,6 +307,11 @@ class State:
     @property
     def answered(self) -> frozenset[str]:
         return frozenset(device for _, device in self.updates)
+
+    @property
+    def in_order(self) -> list[Accepted]:
+        """The updates of the round in the order of their keys, which is the same for every order of arrival."""
+        return [accepted for _, accepted in sorted(self.updates.items(), key=itemgetter(0))]
 
 
 def after_hold(state: State, ended: Literal["paused_at", "rests_at"], now: float) -> State:

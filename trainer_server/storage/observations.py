@@ -83,6 +83,8 @@ class Observations:
         changed = {name: status for name, status in statuses.items() if self._statuses.get(name) is not status}
         if self._is_written(server) and not changed and not self._healths:
             return
+        # the run forgets devices that have been offline for long
+        forgotten = len(self._statuses) + len(changed.keys() - self._statuses.keys()) > len(statuses)
         try:
             db = self._open()
             with db:
@@ -97,13 +99,19 @@ class Observations:
                     " health = excluded.health, heard = excluded.heard, changed = excluded.changed",
                     [(name, *values, server.seen) for name, values in self._healths.items()],
                 )
+                if forgotten:
+                    known = {name for (name,) in db.execute("SELECT device FROM devices")}
+                    gone = [(name,) for name in known - statuses.keys()]
+                    db.executemany("DELETE FROM devices WHERE device = ?", gone)
         except sqlite3.OperationalError:  # a full disk is logged when an event cannot be stored
             return
         except sqlite3.Error:  # a power failure has damaged it
             self._begin_anew()
             return
         self._server = server
-        self._statuses |= changed
+        self._statuses.update(changed)
+        if forgotten:
+            self._statuses = dict(statuses)
         self._healths.clear()
 
     def close(self) -> None:

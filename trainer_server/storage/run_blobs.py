@@ -24,7 +24,7 @@ class RunBlobs:
         self.folder = folder
         self.updates = UpdateFiles(folder)
         self._db = database
-        self._verified: set[str] = set()  # SHA-256 of blobs of updates that this process has read
+        self._verified: set[str] = set()  # SHA-256 of blobs of updates that this process has written or read
 
     def read(self, sha256: str) -> Tensors:
         """The tensors of an accepted update or a kept global expert. Raises RunError if its file is missing or altered,
@@ -47,7 +47,8 @@ class RunBlobs:
             if error.errno in EXHAUSTED:  # the file is not what fails
                 raise
             raise RunError(f"{path} cannot be read ({error.strerror}); restore it from a backup") from error
-        if sha256 not in self._verified and blob_hash(blob) != sha256:
+        is_whole = len(blob) == row[2] if sha256 in self._verified else blob_hash(blob) == sha256
+        if not is_whole:
             raise RunError(f"{path} was altered (wrong SHA-256); restore it from a backup")
         if row:
             self._verified.add(sha256)
@@ -60,9 +61,11 @@ class RunBlobs:
         return sha256
 
     def place(self, places: Mapping[str, Place]) -> None:
-        """Stores where blobs of updates are, by SHA-256, within a transaction of the caller."""
+        """Stores where blobs of updates are that this process has written, by SHA-256, within a transaction of the
+        caller."""
         rows = [(sha256, *place) for sha256, place in places.items()]
         self._db.executemany("INSERT OR REPLACE INTO blobs VALUES (?, ?, ?, ?)", rows)
+        self._verified.update(places)
 
     def begin(self) -> None:
         """Later updates go to a new file."""
