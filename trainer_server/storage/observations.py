@@ -98,12 +98,12 @@ class Observations:
                 db.executemany(
                     "INSERT INTO devices (device, status, changed) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET status ="
                     " excluded.status, changed = excluded.changed",
-                    [(name, status.model_dump_json(), server.seen) for name, status in changed.items()],
+                    ((name, status.model_dump_json(), server.seen) for name, status in changed.items()),
                 )
                 db.executemany(
                     "INSERT INTO devices (device, health, heard, changed) VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
                     " health = excluded.health, heard = excluded.heard, changed = excluded.changed",
-                    [(name, *values, server.seen) for name, values in self._healths.items()],
+                    ((name, *values, server.seen) for name, values in self._healths.items()),
                 )
                 if forgotten:
                     known = {name for (name,) in db.execute("SELECT device FROM devices")}
