@@ -24,9 +24,9 @@ import typer
 
 from benchmarks.hostile import report, run_missing
 from benchmarks.tables import spread
-from devices.trial.assets import ASSETS, PHOTOS, fetch
+from devices.trial.assets import ASSETS
 from devices.trial.dataset import Files, find_files, kind_of
-from devices.trial.groceries import unpack_groceries
+from devices.trial.groceries import groceries
 from devices.trial.run import IMAGE_SIZE
 from devices.trial.shares import write_device_folders
 from edge_runtime.training.stages import StageResult
@@ -218,8 +218,8 @@ def trial_bundle(folder: Path, classes: Sequence[str], seed: int) -> TaskBundle:
 
 def trial_photos() -> tuple[Files, Files]:
     """The trial's training and test photos by class."""
-    groceries = unpack_groceries(fetch(PHOTOS), ASSETS / "groceries")
-    return find_files(groceries, kind_of(groceries))
+    photos = groceries()
+    return find_files(photos, kind_of(photos))
 
 
 def _device_folders(seed: int) -> list[Path]:

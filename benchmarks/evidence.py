@@ -18,8 +18,8 @@ from typing import Any
 import typer
 
 from benchmarks.photos import thin_pacs, unpack_cifar10
-from devices.trial.assets import ASSETS, PHOTOS, WEIGHTS, fetch
-from devices.trial.groceries import unpack_groceries
+from devices.trial.assets import ASSETS, WEIGHTS, fetch
+from devices.trial.groceries import groceries
 from fedfmsl.common.class_folders import folder_classes, has_splits, subfolders
 from fedfmsl.common.cli import application
 from fedfmsl.common.files import write_atomically
@@ -105,7 +105,7 @@ def _photos(name: str, pacs: Path | None) -> Path | None:
         return thin_pacs(pacs, ASSETS / "pacs") if pacs is not None else None
     if name == "cifar10":
         return unpack_cifar10(ASSETS)
-    return unpack_groceries(fetch(PHOTOS), ASSETS / "groceries")
+    return groceries()
 
 
 def _run(name: str, images: Path, methods: Sequence[str], seeds: int, threads: int) -> None:

@@ -19,9 +19,8 @@ import numpy as np
 
 from benchmarks.evidence import build_bundle
 from benchmarks.tables import spread
-from devices.trial.assets import ASSETS, PHOTOS, fetch
 from devices.trial.dataset import find_files, kind_of
-from devices.trial.groceries import unpack_groceries
+from devices.trial.groceries import groceries
 from devices.trial.shares import write_device_folders
 from edge_runtime.data.features import Features
 from edge_runtime.data.folder import scan_once
@@ -127,7 +126,7 @@ def rows() -> dict[str, Row]:
 
 def run_missing(seeds: int, threads: int) -> None:
     """Computes the cells that have no result yet, seed by seed, and stores each."""
-    images = unpack_groceries(fetch(PHOTOS), ASSETS / "groceries")
+    images = groceries()
     bundle = build_bundle(FOLDER / "hostile-bundle", images, 1, size=SIZE)
     photos = find_files(images, kind_of(images))
     for seed in range(seeds):

@@ -180,7 +180,7 @@ def measure(
     order = ("server", "broker", "fleet")
     wall = time.monotonic() - started
     in_order = {name: processes[name] for name in order}
-    closed = [summary for summary, _ in RunStore(out / "server").summaries()]
+    closed = [summary for summary, _ in RunStore(out / "server").rounds.summaries()]
     trained = [summary for summary in closed if summary.stage is Stage.GLOBAL]
     updates = sum(summary.answered for summary in trained)
     size = sum(summary.bytes_up for summary in trained) / updates

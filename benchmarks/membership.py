@@ -26,8 +26,7 @@ from benchmarks.attacks import (
 )
 from benchmarks.evidence import BLOCKS, build_bundle
 from benchmarks.tables import spread
-from devices.trial.assets import ASSETS, PHOTOS, fetch
-from devices.trial.groceries import unpack_groceries
+from devices.trial.groceries import groceries
 from edge_runtime.data.samples import labels_of
 from edge_runtime.training.context import TrainingContext
 from fedfmsl.algorithms.arrays import Bools, Doubles, Labels, Vector
@@ -93,7 +92,7 @@ def membership(
     threads: int = typer.Option(0, min=0, help="Threads; 0: one per core."),
 ) -> None:
     """Attack the statistics, measure the heads without them, and write the report."""
-    images = unpack_groceries(fetch(PHOTOS), ASSETS / BLOCK)
+    images = groceries()
     run = f"evidence-{BLOCK}"
     bundle = build_bundle(Path("runs") / f"{run}-bundle", images, BLOCKS[BLOCK].levels)
     settings = SimulationSettings(

@@ -61,8 +61,8 @@ from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.state import Plan, State
 from trainer_server.service.lifecycle import make_plan, open_run, restore_state
 from trainer_server.service.next_session import begin_session
+from trainer_server.storage.event_rows import LoggedEvent
 from trainer_server.storage.kept_experts import KeptExperts
-from trainer_server.storage.run_store import LoggedEvent
 
 LEVEL = 1
 SIZE = 32  # pixels
@@ -237,7 +237,7 @@ class NightServer:
         """An update of a device."""
         update, tensors = unpack(blob, Update)
         sha256 = blob_hash(blob)
-        write_atomically(self.store.tensors / sha256, blob)
+        write_atomically(self.store.blobs.folder / sha256, blob)
         self.feed(UpdateSeen(update, tensors, sha256, len(blob)))
 
     def _open(self, bundle: TaskBundle) -> None:

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.evidence import build_bundle
-from devices.trial.assets import ASSETS, PHOTOS, fetch
-from devices.trial.groceries import unpack_groceries
+from devices.trial.groceries import groceries
 from edge_runtime.data.features import Features
 from edge_runtime.data.samples import Sample, Splits, assign_splits, labels_of
 from edge_runtime.training.context import TrainingContext
@@ -50,7 +49,7 @@ class TrialPhotos:
 
     @classmethod
     def load(cls, threads: int) -> TrialPhotos:
-        images = unpack_groceries(fetch(PHOTOS), ASSETS / "groceries")
+        images = groceries()
         bundle = build_bundle(Path(f"{RUNS}-bundle"), images, LEVELS)
         data = load_folder(images, bundle, False, TEST_SHARE)
         names = sorted(sample.sha256 for sample in (*data.train, *data.test))

@@ -24,7 +24,8 @@ from edge_runtime.engines.base import Batch
 from edge_runtime.engines.factory import open_engine
 from edge_runtime.engines.memory import peak_rss_mb
 from edge_runtime.training.loop import Targets
-from fedfmsl.protocol.messages import EngineChoice, Training
+from fedfmsl.protocol.messages import Training
+from fedfmsl.protocol.setting_types import EngineChoice
 from fedfmsl.protocol.task_bundle import TaskBundle
 
 LEARNING_RATE = 1e-3

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from torch.nn.functional import normalize
 from transformers.activations import ACT2FN
 
-from devices.trial.assets import ASSETS, PHOTOS, fetch
-from devices.trial.groceries import unpack_groceries
+from devices.trial.assets import ASSETS
+from devices.trial.groceries import groceries
 from edge_runtime.data.images import decode_pixels
 from export.reference import normalize_pixels
 from export.weights import Backbone, load_backbone
@@ -50,7 +50,7 @@ def tokens(
     photos: Path | None = typer.Option(None, help="DIR/{train,test}/<class>/. Default: the trial's groceries."),
 ) -> None:
     """Print the accuracy of a ridge classifier on frozen features, by number of tokens."""
-    folder = photos or unpack_groceries(fetch(PHOTOS), ASSETS / "groceries")
+    folder = photos or groceries()
     train, test = (sorted((folder / part).glob("*/*.*")) for part in ("train", "test"))
     files = [*train, *test]
     names = sorted({path.parent.name for path in files})

@@ -22,6 +22,7 @@ from edge_runtime.daemon import metrics as device_metrics
 from edge_runtime.settings import Settings
 from fedfmsl.algorithms.privacy import Privacy
 from fedfmsl.common.exit_codes import EXIT_CODES
+from fedfmsl.common.lazy_group import commands_of
 from fedfmsl.common.options import reference
 from fedfmsl.common.settings import SettingsModel
 from fedfmsl.protocol.messages import Activity, Health, Stage
@@ -112,7 +113,7 @@ def commands() -> Iterator[str]:
         name = f"python -m {module.removesuffix('.__main__')}"
         command = typer.main.get_command(importlib.import_module(module).app)
         yield from ("", f"## {name}", "", _sentences(command.help))
-        subcommands: dict[str, Any] = getattr(command, "commands", {})
+        subcommands = commands_of(command)
         for title, subcommand in subcommands.items():
             if not subcommand.hidden:
                 yield from ("", f"### {name} {title}", "", _sentences(subcommand.help), *_options(subcommand))

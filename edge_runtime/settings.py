@@ -14,7 +14,7 @@ from fedfmsl.common.logs import LogSettings
 from fedfmsl.common.processors import usable_processors
 from fedfmsl.common.settings import MAX_THREADS, CommaSeparated, File, Fraction, SettingsModel, checked, panel
 from fedfmsl.protocol.frigate import check_state_topic
-from fedfmsl.protocol.messages import EngineChoice
+from fedfmsl.protocol.setting_types import EngineChoice
 from fedfmsl.transport.listening import parse_listen
 from fedfmsl.transport.settings import (
     CONNECTION,

@@ -5,29 +5,36 @@ from __future__ import annotations
 
 from typing import Any
 
-from typer.core import TyperGroup
+from fedfmsl.common.lazy_group import LazyCommand, LazyGroup, commands_in, lazy_group
 
-from export.build import build
-from export.hub import pull, push
-from export.task import make_task
-from fedfmsl.common.cli import application
+HUB = {
+    "push": "Upload a global expert. First says what leaves this machine: weights, class names and figures.",
+    "pull": "Download a global expert: the folder that PeftModel.from_pretrained reads.",
+}
+COMMANDS = {
+    "build": LazyCommand("export.build", "export", "Export a frozen backbone as a bundle for edge devices."),
+    **commands_in("export.hub", "export", HUB),
+    "task": LazyCommand(
+        "export.task",
+        "export",
+        "Write the task of a run over a bundle: class names, and a zero-shot head if the model has a text tower.",
+    ),
+}
 
 
-class BuildByDefault(TyperGroup):
+class BuildByDefault(LazyGroup):
     """Options without a command are those of `build`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        named = args and (args[0] in self.commands or args[0] in ctx.help_option_names)
+        named = args and (args[0] in self.lazy or args[0] in ctx.help_option_names)
         return super().parse_args(ctx, args if named else ["build", *args])
 
 
-app = application(
+app = lazy_group(
     "Export a frozen backbone as a bundle for edge devices; move a global expert to and from the Hugging Face hub.",
-    cls=BuildByDefault,
+    COMMANDS,
+    kind=BuildByDefault,
 )
-for command in (build, push, pull):
-    app.command()(command)
-app.command("task")(make_task)
 
 if __name__ == "__main__":
     app()

@@ -1,11 +1,12 @@
 """python -m export.build: exports a backbone as a bundle.
 
-It imports torch only after it has checked the arguments, because that takes seconds.
+It imports torch only after it has checked the arguments, because that takes seconds. The help needs no numpy.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -14,10 +15,11 @@ from export.models import MODELS, choose_weights
 from fedfmsl.common.cli import application, console
 from fedfmsl.common.onnx_runtime import require_ort_training
 from fedfmsl.errors import ConfigError
-from fedfmsl.protocol.bundle import Bundle, Precision
 from fedfmsl.protocol.class_names import describe_classes
-from fedfmsl.protocol.task import TASK
-from fedfmsl.protocol.task_bundle import TaskBundle
+from fedfmsl.protocol.setting_types import Precision
+
+if TYPE_CHECKING:
+    from fedfmsl.protocol.bundle import Bundle
 
 MAX_PIXELS = 2048  # per side
 MAX_TOKENS = 8192  # per text
@@ -34,7 +36,7 @@ def build(
     ),
     classes: str | None = typer.Option(
         None,
-        help=f"{CLASSES_HELP} Writes {TASK} beside the bundle's files, for runs that are started without another task. "
+        help=f"{CLASSES_HELP} Writes a task beside the bundle's files, for runs that are started without another one. "
         "Default: no task; name the classes with trainer_server start --classes.",
     ),
     classes_from: Path | None = typer.Option(None, help="Take the class names from this folder's subfolders."),
@@ -98,6 +100,8 @@ def build(
 
 
 def _print_summary(bundle: Bundle) -> None:
+    from fedfmsl.protocol.task_bundle import TaskBundle
+
     m, levels = bundle.manifest, bundle.manifest.levels
     size = sum(entry.size for entry in m.files.values())
     console.print(f"bundle            {bundle.root}  ({size / 1e6:.1f} MB, SHA-256 {bundle.sha256[:12]}…)")

@@ -32,10 +32,10 @@ from fedfmsl.protocol.bundle import (
     LoraSpec,
     Manifest,
     PeftSpec,
-    Precision,
     file_sha256,
 )
 from fedfmsl.protocol.layout import Layout, expert_layout
+from fedfmsl.protocol.setting_types import Precision
 from fedfmsl.protocol.task_bundle import with_numbered_classes
 
 

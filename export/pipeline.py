@@ -13,7 +13,8 @@ from export.zero_shot import make_zero_shot
 from fedfmsl.common.cli import console
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import ConfigError
-from fedfmsl.protocol.bundle import Bundle, Precision
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.setting_types import Precision
 from fedfmsl.protocol.task import TASK, Task
 from fedfmsl.protocol.task_bundle import TaskBundle
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         TrimmedMean,
         WeightedMean,
     )
-    from fedfmsl.algorithms.calibration import UNKNOWN, calibrate, fit_temperature, unknown_threshold
+    from fedfmsl.algorithms.calibration import calibrate, fit_temperature, unknown_threshold
     from fedfmsl.algorithms.class_means import class_mean_head, direction_head
     from fedfmsl.algorithms.discriminant import discriminant_head, logit_head, second_moments, with_former_rows
     from fedfmsl.algorithms.evaluation import (
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from fedfmsl.protocol.bundle import Bundle
+    from fedfmsl.protocol.class_names import UNKNOWN
     from fedfmsl.protocol.messages import Training
     from fedfmsl.protocol.task import Task
     from fedfmsl.protocol.task_bundle import TaskBundle
@@ -145,7 +146,6 @@ _MODULES = {
         "WeightedMean",
     ),
     "fedfmsl.algorithms.calibration": (
-        "UNKNOWN",
         "calibrate",
         "fit_temperature",
         "unknown_threshold",
@@ -215,6 +215,7 @@ _MODULES = {
         "WeightsError",
     ),
     "fedfmsl.protocol.bundle": ("Bundle",),
+    "fedfmsl.protocol.class_names": ("UNKNOWN",),
     "fedfmsl.protocol.messages": ("Training",),
     "fedfmsl.protocol.task": ("Task",),
     "fedfmsl.protocol.task_bundle": ("TaskBundle",),

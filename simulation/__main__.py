@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fedfmsl.common.cli import application
 from fedfmsl.common.options import with_settings
-from simulation.run import simulate
 from simulation.settings import SimulationSettings
 
 app = application()
@@ -14,6 +13,8 @@ app = application()
 @with_settings(SimulationSettings)
 def simulation(settings: SimulationSettings) -> None:
     """Simulate a federation of virtual devices on this machine, and compare methods: real training, no network."""
+    from simulation.run import simulate
+
     simulate(settings)
 
 

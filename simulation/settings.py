@@ -11,7 +11,8 @@ from fedfmsl.common.settings import MAX_THREADS, CommaSeparated, File, Fraction,
 from fedfmsl.transport.settings import RunName
 from simulation.methods import METHODS
 from simulation.partition import Scheme
-from trainer_server.config import MAX_DEVICES, MAX_ROUNDS, STAGE1
+from trainer_server.config import STAGE1
+from trainer_server.defaults import MAX_DEVICES, MAX_ROUNDS
 from trainer_server.task_settings import TaskSettings
 
 DATA = panel("Data")

@@ -23,6 +23,7 @@ from fedfmsl.protocol.messages import MAX_NAMED, Encoding, Sums, Training
 from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.topics import MAX_NUMBER
 from fedfmsl.transport.settings import RunName
+from trainer_server.defaults import MAX_DEVICES, MAX_ROUNDS, STAGE1_ROUNDS, STAGE2_ROUNDS
 
 RUN, ROUNDS, UPDATES, AGGREGATION, ADOPTION, PRIVACY = (
     panel(name)
@@ -30,9 +31,7 @@ RUN, ROUNDS, UPDATES, AGGREGATION, ADOPTION, PRIVACY = (
 )
 
 
-MAX_ROUNDS = 100_000  # of a stage
 MIN_REPORTS = 3  # of devices about a global expert; with fewer, one could decide
-MAX_DEVICES = 100_000
 MOST_DEVICES = 2500  # that a run accepts although it expects fewer
 
 
@@ -205,13 +204,15 @@ class RunRules(BaseModel):
         json_schema_extra=ROUNDS,
     )
     stage1_rounds: int = Field(
-        12,
+        STAGE1_ROUNDS,
         ge=0,
         le=MAX_ROUNDS,
         description="Rounds of stage 1. 0 only with --from: stage 2 then starts at once.",
         json_schema_extra=ROUNDS,
     )
-    stage2_rounds: int = Field(5, ge=1, le=MAX_ROUNDS, description="Rounds of stage 2.", json_schema_extra=ROUNDS)
+    stage2_rounds: int = Field(
+        STAGE2_ROUNDS, ge=1, le=MAX_ROUNDS, description="Rounds of stage 2.", json_schema_extra=ROUNDS
+    )
     round_timeout: float = Field(
         600.0,
         gt=0,

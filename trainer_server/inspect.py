@@ -24,6 +24,7 @@ from trainer_server.service.run_log import PAUSED
 from trainer_server.storage.expert_folder import expert_files, last_result
 from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.observations import read_observations
+from trainer_server.storage.run_status import paused_and_excluded, server_process, sizes_of
 from trainer_server.storage.run_store import RunStore
 
 WHO = {
@@ -55,10 +56,10 @@ def _facts(store: RunStore) -> dict[str, Any]:
     config = store.origin.config
     checkpoint = store.checkpoint()
     announced = checkpoint[0].announced if checkpoint else None
-    closed = store.closed_counts()
-    since, reason = store.outage()
-    paused, excluded = store.paused_and_excluded()
-    facts: dict[str, Any] = {"run": config.run, "session": store.origin.session, "server": vars(store.server())}
+    closed = store.rounds.counts()
+    since, reason = store.files.outage()
+    paused, excluded = paused_and_excluded(store)
+    facts: dict[str, Any] = {"run": config.run, "session": store.origin.session, "server": vars(server_process(store))}
     if store.origin.start is not None:
         facts["goes_on_from"] = store.origin.start.text
         facts |= {"not_counted": text} if (text := store.origin.uncounted) else {}
@@ -80,7 +81,7 @@ def _facts(store: RunStore) -> dict[str, Any]:
     if store.ended is not None:
         facts["ended"] = store.ended
     elif checkpoint is None or announced is None:
-        facts |= {"online": store.joined(), "devices": config.devices}
+        facts |= {"online": store.files.joined(), "devices": config.devices}
     else:
         selected, answered = checkpoint[0].expected, sorted(store.pending_updates())
         facts |= {
@@ -99,23 +100,23 @@ def _facts(store: RunStore) -> dict[str, Any]:
         facts |= {"left_out_of_sums": silent} if silent else {}
     if kept := KeptExperts(store.folder).rounds():
         facts["rollback_to"] = kept
-    if rejected := store.rejections():
+    if rejected := store.rounds.rejections():
         facts["rejected"] = {str(number): why for number, why in rejected.items()}
     if since and store.ended is None:
         facts["broker"] = (
             f"no connection since {datetime.fromtimestamp(since).isoformat(' ', 'seconds')} because: {reason}"
         )
-    counts, trained = store.participation()
+    counts, trained = store.rounds.participation()
     known = [status.device for status in checkpoint[0].devices] if checkpoint else []
     if rare := rare_devices(counts, trained, known, config.fraction):
         facts |= {"training_rounds": trained, "rarely_took_part": rare}
-    if until := store.certificates():
+    if until := store.files.certificates():
         facts["certificates_until"] = until
-    facts["bytes"] = store.sizes()
+    facts["bytes"] = sizes_of(store)
     facts |= {
         "closed_rounds": sum(closed.values()),
-        "repeated": store.repetitions(),
-        "refused": {f"{r.device}: {r.kind}": r.count for r in store.refusals()},
+        "repeated": store.rounds.repetitions(),
+        "refused": {f"{r.device}: {r.kind}": r.count for r in store.refusals.all()},
     }
     if config.privacy:
         is_answered = bool(store.pending_updates())
@@ -128,7 +129,7 @@ def _facts(store: RunStore) -> dict[str, Any]:
 
 def proposed_classes(store: RunStore) -> list[Proposal]:
     """What devices propose with their latest statuses."""
-    _, excluded = store.paused_and_excluded()
+    _, excluded = paused_and_excluded(store)
     return proposals(store.task().classes, _statuses(store).values(), excluded)
 
 
@@ -214,7 +215,7 @@ def rounds(out: Path = OUT, as_json: bool = typer.Option(False, "--json", help="
 
     from fedfmsl.common.cli import console
 
-    closed = RunStore(out).rounds()
+    closed = RunStore(out).rounds.all()
     if as_json:
         for record in closed:
             print_json(record.model_dump(mode="json"))
@@ -258,7 +259,7 @@ def replay(out: Path = OUT) -> None:
 
     store = RunStore(out)
     bundle = open_bundle(store)
-    recorded = {closed.round.round: closed.round for closed in store.rounds()}
+    recorded = {closed.round.round: closed.round for closed in store.rounds.all()}
     replayed = set()
     for announced in replay_rounds(store, make_plan(store, bundle)):
         replayed.add(announced.round)

@@ -13,7 +13,7 @@ from fedfmsl.common.cli import print_json
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.class_names import check_names, describe_classes, normal_form, split_names
 from fedfmsl.protocol.messages import MAX_ADDED
-from trainer_server.coordinator.operator import Action, Operation
+from trainer_server.coordinator.operator import Action, Operation, classes_to_add
 from trainer_server.coordinator.proposals import Proposal, why_not_new
 from trainer_server.coordinator.records import listed
 from trainer_server.inspect import OUT, proposed_classes
@@ -21,6 +21,7 @@ from trainer_server.service.loop import FINISHED
 from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.observations import read_observations
 from trainer_server.storage.operations import Operations
+from trainer_server.storage.run_status import server_process
 from trainer_server.storage.run_store import RunStore
 
 if TYPE_CHECKING:
@@ -63,9 +64,12 @@ def rollback(
 def classes(
     out: Path = OUT,
     add: str | None = typer.Option(None, metavar="NAME,NAME", help="Add these classes to the run in progress."),
+    withdraw: str | None = typer.Option(
+        None, metavar="NAME,NAME", help="Do not add these classes, which --add has named in the present round."
+    ),
     as_json: bool = typer.Option(False, "--json", help="One JSON object."),
 ) -> None:
-    """List the classes that devices propose to a run, or add classes to it.
+    """List the classes that devices propose to a run, add classes to it, or withdraw them before they are added.
 
     A device proposes a class that it has labelled samples of. The present round closes, then the run goes on with the
     added classes: devices that have samples of them train them. No device is restarted, and no bundle is downloaded.
@@ -74,14 +78,23 @@ def classes(
 
     store = RunStore(out)
     run, task, found = store.origin.config.run, store.task(), proposed_classes(store)
-    if add is None:
+    pending = _pending(store)
+    if add is None and withdraw is None:
         if as_json:
-            print_json({"classes": task.classes, "version": task.version, "proposed": [vars(each) for each in found]})
+            proposed = [vars(each) for each in found]
+            print_json({"classes": task.classes, "version": task.version, "proposed": proposed, "to_add": pending})
             return
         console.print(f"run {run!r} has {describe_classes(task.classes)}")
+        if pending:
+            console.print(f"added after the present round: {listed(pending)}")
         console.print(_table(found) if found else "no device proposes another class")
         return
-    names = _checked(task.classes, _pending(store), add)
+    if add is not None and withdraw is not None:
+        raise ConfigError("--add and --withdraw are two commands; give one of them")
+    if withdraw is not None:
+        _withdraw(store, pending, withdraw)
+        return
+    names = _checked(task.classes, pending, add or "")
     if store.ended is not None:
         raise RunError(f"the run at {out} has ended ({store.ended}); start a new run with --from {out}")
     when = _ask(store, Operation(action=Action.CLASSES, classes=names, by="the command line"))
@@ -93,6 +106,22 @@ def classes(
     console.print(f"run {run!r} adds {listed(names)} after its present round{later}")
 
 
+def _withdraw(store: RunStore, pending: Sequence[str], text: str) -> None:
+    from fedfmsl.common.cli import console
+
+    names = tuple(map(normal_form, split_names(text)))
+    if not names:
+        raise ConfigError("--withdraw names no class; write it like --withdraw apple,pear")
+    if unknown := [name for name in names if name not in pending]:
+        waiting = f"these do: {listed(pending)}" if pending else "none does"
+        raise ConfigError(
+            f"--withdraw: {listed(unknown)} does not wait to be added, {waiting}; a class of the run is never removed"
+        )
+    when = _ask(store, Operation(action=Action.WITHDRAW, classes=names, by="the command line"))
+    later = "" if when == NOW else f", {when}"
+    console.print(f"run {store.origin.config.run!r} does not add {listed(names)}{later}")
+
+
 def _ask(store: RunStore, operation: Operation) -> str:
     """Asks the server, and returns when it acts."""
     try:
@@ -102,15 +131,15 @@ def _ask(store: RunStore, operation: Operation) -> str:
         raise ConfigError(
             f"{store.folder} cannot be written ({error.strerror}); run the command as the server's user"
         ) from error
-    runs = store.ended is None and store.server().runs
+    runs = store.ended is None and server_process(store).runs
     return NOW if runs else f"when its server is started again: python -m trainer_server resume --out {store.folder}"
 
 
 def _pending(store: RunStore) -> tuple[str, ...]:
     """The classes that are added after the present round, also those that the server has not read yet."""
     view, _ = read_observations(store.folder)
-    asked = [name for _, operation in Operations(store.folder).waiting() if operation for name in operation.classes]
-    return (*(view.adds if view else ()), *asked)
+    waiting = [operation for _, operation in Operations(store.folder).waiting() if operation]
+    return classes_to_add(view.adds if view else (), waiting)
 
 
 def _checked(present: Sequence[str], pending: Sequence[str], text: str) -> tuple[str, ...]:

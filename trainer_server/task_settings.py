@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from fedfmsl.common.settings import File, SettingsModel
-from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.bundle import Bundle
-from fedfmsl.protocol.class_names import read_names, split_names
+from fedfmsl.protocol.class_names import read_names
+from fedfmsl.protocol.setting_types import ClassList
 from fedfmsl.protocol.task import TASK, Task
 from fedfmsl.protocol.task_bundle import TaskBundle
 from trainer_server.config import RUN
-
-
-def _split(value: Any) -> Any:
-    try:
-        return split_names(value) if isinstance(value, str) else value
-    except ConfigError as error:  # pydantic collects only ValueErrors
-        raise ValueError(str(error)) from error
-
-
-ClassList = Annotated[tuple[str, ...], BeforeValidator(_split)]
 
 
 class TaskSettings(SettingsModel):

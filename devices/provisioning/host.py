@@ -63,7 +63,7 @@ def unwritable(folder: Path, user: str) -> Iterator[str]:
 def unusable(python: Path, user: str) -> Iterator[str]:
     """The problem that keeps `user` from running the daemon with this Python, in the environment of a service."""
     try:
-        done = _as(user, [str(python), "-c", "import edge_runtime.__main__"])
+        done = _as(user, [str(python), "-c", "import edge_runtime.commands"])
         errors = done.stderr.strip().splitlines()[-1:] if done.returncode else []
     except OSError as error:
         errors = [str(error)]

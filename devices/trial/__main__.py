@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from devices.trial.run import run_trial
 from devices.trial.settings import TrialSettings
 from fedfmsl.common.cli import application
 from fedfmsl.common.options import with_settings
@@ -14,6 +13,8 @@ app = application()
 @with_settings(TrialSettings)
 def trial(settings: TrialSettings) -> None:
     """Run a whole federated trial on this machine: real photos, a real backbone, a broker, N devices."""
+    from devices.trial.run import run_trial  # with all that a trial needs, matplotlib too
+
     run_trial(settings)
 
 

@@ -25,7 +25,7 @@ class ClosedRounds:
         except RunError:  # the server has not created the run yet
             return
         try:
-            for closed in store.rounds(after=self._last):
+            for closed in store.rounds.all(after=self._last):
                 self._last = closed.round.round
                 console.print(summary(closed), markup=False, highlight=False, soft_wrap=True)
         finally:

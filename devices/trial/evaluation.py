@@ -62,7 +62,7 @@ def evaluate_fleet(folder: Path, roots: Sequence[Path], unseen: Sequence[Path] =
 
     Raises RunError if the run has no evaluation.
     """
-    closed = last_evaluation(RunStore(folder).rounds())
+    closed = last_evaluation(RunStore(folder).rounds.all())
     with tempfile.TemporaryDirectory(dir=folder, prefix="evaluation-") as scratch:
         for root in roots:
             _take_over(folder / "devices" / root.name / "cache", Path(scratch) / "cache")

@@ -7,17 +7,20 @@ from pathlib import Path
 
 import pyarrow.parquet
 
+from devices.trial.assets import ASSETS, PHOTOS, fetch
 
-def unpack_groceries(parquet: Path, folder: Path) -> Path:
-    """Writes the photos below `folder`, once. The test photos are from other shop visits than the rest.
 
-    The file holds every test photo twice. Each is written once, so that no photo goes to two devices.
+def groceries() -> Path:
+    """The folder of the photos, downloaded and written once. The test photos are from other shop visits than the rest.
+
+    The downloaded file holds every test photo twice. Each is written once, so that no photo goes to two devices.
     """
+    folder = ASSETS / "groceries"
     if folder.is_dir():
         return folder
+    table = pyarrow.parquet.read_table(fetch(PHOTOS), columns=["dataset", "finegrained_cat", "image_data"])
     scratch = folder.with_name(folder.name + ".part")
     shutil.rmtree(scratch, ignore_errors=True)
-    table = pyarrow.parquet.read_table(parquet, columns=["dataset", "finegrained_cat", "image_data"])
     written: set[bytes] = set()
     for index, row in enumerate(table.to_pylist()):
         if row["image_data"] in written:

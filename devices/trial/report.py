@@ -43,7 +43,7 @@ def write_report(
 
     Raises RunError if the folder holds no run, or the run has no evaluation.
     """
-    rounds = RunStore(folder).rounds()
+    rounds = RunStore(folder).rounds.all()
     report = build_report(rounds, TaskBundle.load(folder / "bundle"), evaluation, seed, alpha, seconds)
     report["files"] = _files(folder, report)
     report["used_files"], report["skipped_files"] = used, skipped

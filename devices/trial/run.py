@@ -13,11 +13,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from devices.trial.assets import ASSETS, PHOTOS, WEIGHTS, fetch
+from devices.trial.assets import ASSETS, WEIGHTS, fetch
 from devices.trial.closed_rounds import ClosedRounds
 from devices.trial.dataset import find_files, kind_of
 from devices.trial.evaluation import evaluate_fleet
-from devices.trial.groceries import unpack_groceries
+from devices.trial.groceries import groceries
 from devices.trial.processes import Processes, free_port
 from devices.trial.report import write_report
 from devices.trial.settings import TrialSettings
@@ -41,7 +41,7 @@ def run_trial(settings: TrialSettings) -> None:
     if settings.engine == "ort-training":
         require_ort_training("--engine ort-training")
     folder = Path("runs") / settings.name
-    samples = settings.images or unpack_groceries(fetch(PHOTOS), ASSETS / "groceries")
+    samples = settings.images or groceries()
     kind = kind_of(samples)
     skipped: list[SkippedFile] = []
     train, test = find_files(samples, kind, settings.classes, skipped=skipped)

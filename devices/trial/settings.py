@@ -5,16 +5,13 @@ from __future__ import annotations
 from pydantic import ByteSize, Field, model_validator
 
 from fedfmsl.common.settings import File, panel
-from fedfmsl.protocol.bundle import Precision
-from fedfmsl.protocol.messages import EngineChoice
+from fedfmsl.protocol.setting_types import ClassList, EngineChoice, Precision
 from fedfmsl.transport.settings import CONNECTION, AccessSettings, Broker, RunName
-from trainer_server.config import MAX_ROUNDS, RunRules
-from trainer_server.task_settings import ClassList
+from trainer_server.defaults import MAX_ROUNDS, STAGE1_ROUNDS, STAGE2_ROUNDS
 
 DATA = panel("Data")
 MODEL = panel("Model")
 RUN = panel("Run")
-SERVER = RunRules.model_fields
 MAX_TRIAL = 1000  # devices, each of which is a process
 
 
@@ -25,10 +22,10 @@ class TrialSettings(AccessSettings):
     devices: int = Field(6, ge=1, le=MAX_TRIAL, description="Number of devices.", json_schema_extra=RUN)
     seed: int = Field(0, ge=0, description="Seed of the shares, the export and the run.", json_schema_extra=RUN)
     stage1_rounds: int = Field(
-        SERVER["stage1_rounds"].default, ge=1, le=MAX_ROUNDS, description="Rounds of stage 1.", json_schema_extra=RUN
+        STAGE1_ROUNDS, ge=1, le=MAX_ROUNDS, description="Rounds of stage 1.", json_schema_extra=RUN
     )
     stage2_rounds: int = Field(
-        SERVER["stage2_rounds"].default, ge=1, le=MAX_ROUNDS, description="Rounds of stage 2.", json_schema_extra=RUN
+        STAGE2_ROUNDS, ge=1, le=MAX_ROUNDS, description="Rounds of stage 2.", json_schema_extra=RUN
     )
     round_timeout: float = Field(300.0, ge=1, description="Seconds until the round deadline.", json_schema_extra=RUN)
     baseline: bool = Field(True, description="Also train every device alone, for comparison.", json_schema_extra=RUN)

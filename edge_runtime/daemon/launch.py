@@ -33,7 +33,7 @@ from edge_runtime.training.context import DeviceContext
 from edge_runtime.training.gate import Gate
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.common.class_folders import check_folder
-from fedfmsl.common.logs import set_up_logging
+from fedfmsl.common.logs import set_up_logging, signals_logged
 from fedfmsl.errors import ClockError
 from fedfmsl.protocol.messages import Activity
 from fedfmsl.protocol.task_bundle import TaskBundle
@@ -56,6 +56,7 @@ def launch(settings: Settings) -> None:
     topics, store = Topics(settings.run, settings.topic_prefix), DeviceStore(settings.state)
     name = store.ensure_name(device_name(settings.device, settings.identity))
     with locked(store.root, "stop that process, or use another --state"), contextlib.ExitStack() as resources:
+        resources.enter_context(signals_logged(logger, "when it is started again, it goes on with the run"))
         settings = with_newest_identity(settings, store)
         link = device_link(settings.broker, topics, name, settings.identity, settings.insecure)
         sensors = Sensors(zones=settings.thermal_zones)

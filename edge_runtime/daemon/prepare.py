@@ -106,9 +106,15 @@ def prepare(daemon: Daemon, anew: bool) -> Prepared:
         bundle = TaskBundle(own, known)
     else:
         server, task = _wait_for_task(daemon, own.sha256 if own else "")
-        if own and server.bundle != own.sha256:
-            raise RunError(other_bundle(server, own.sha256))
-        bundle = TaskBundle(own or bundle_of(server, store, settings.identity, daemon.starting), task)
+        try:
+            if own and server.bundle != own.sha256:
+                raise RunError(other_bundle(server, own.sha256))
+            bundle = TaskBundle(own or bundle_of(server, store, settings.identity, daemon.starting), task)
+        except (BundleError, RunError) as error:
+            if _stays_online(daemon):
+                raise
+            logger.warning(f"{error}; the server has gone offline, so this device waits for it")
+            return prepare(daemon, anew)
     of_model = _origin_of_model(store)
     if not settings.bundle:
         store.keep_bundles(bundle.sha256, of_model.bundle if of_model else "")
@@ -141,6 +147,12 @@ def prepare(daemon: Daemon, anew: bool) -> Prepared:
     if known:
         logger.info(f"waiting for the server of run {settings.run!r}")
     return Prepared(bundle, engine, threads, choice.provider, reader, folder, scanned, plan)
+
+
+def _stays_online(daemon: Daemon) -> bool:
+    """Whether the server is online, also in a moment. That of a finished run comes back to announce the end again."""
+    _ignore_events(daemon.link, time.monotonic() + HEAR_SECONDS, daemon.starting)
+    return receive_server_status(daemon.link, daemon.topics, HEAR_SECONDS, daemon.starting) is not None
 
 
 def _has_another_task(daemon: Daemon, bundle: TaskBundle) -> bool:

@@ -255,14 +255,21 @@ class RoundRunner:
         self.control.check()
         started, device = time.perf_counter(), self.device
         published = read_globals(device.bundle, device.store.globals.read, finished)
+        trained = self._with_rehearsal(device, finished, published)
+
+        def training(round_: Round) -> DeviceContext:
+            nonlocal trained
+            trained = self._with_rehearsal(device, round_, published)
+            return trained
+
         try:
-            model = personalize_alone(device, finished, published).model
+            model = personalize_alone(device, finished, published, training).model
         except SampleChangedError as error:
             self._folder.forget(error.path)
             raise
-        self._save_model(device, finished, published, model)
+        self._save_model(trained, finished, published, model)
         self.write_personalized()
-        self._mark_trained(device, finished)
+        self._mark_trained(trained, finished)
         self._enter(finished)
         return time.perf_counter() - started
 

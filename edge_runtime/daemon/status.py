@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 
 from edge_runtime.daemon.lock import is_locked
 from edge_runtime.daemon.privacy_budget import describe_budget
+from edge_runtime.data.ledger import open_ledger
 from edge_runtime.data.proposals import describe_proposed
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.stored_model import read_personal_model, served_accuracy
@@ -88,6 +90,8 @@ def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[s
         yield "privacy", budget
     new = f" ({health.new_samples} new)" if health.new_samples else ""
     yield "samples", f"{health.train} train{new}, {health.held_out} held-out, {health.test} test"
+    if rehearsed := _rehearsed(store):
+        yield "rehearsal", f"{rehearsed} deleted samples are trained with (--rehearse)"
     if health.proposed:
         yield "proposes", f"new classes: {describe_proposed(health.proposed)}; the operator can add them to the run"
     yield "updates", f"{health.rounds_done} rounds done, {health.unacknowledged} updates not acknowledged yet"
@@ -123,6 +127,14 @@ def describe_accuracy(store: DeviceStore) -> str:
     if served is None:
         return "of this model not measured yet: a run measures it at its end"
     return f"{served.accuracy:.0%} of {served.samples} test samples right"
+
+
+def _rehearsed(store: DeviceStore) -> int:
+    """How many deleted samples the last round trained with; 0 if that is unknown."""
+    if store.samples.is_file():
+        with contextlib.suppress(OSError, InputError), open_ledger(store.samples) as ledger:
+            return ledger.deleted_kept_for_rehearsal()
+    return 0
 
 
 def _is_alive(health: Health, now: float) -> bool:

@@ -129,6 +129,11 @@ class Ledger:
         """SHA-256 and class of the samples that `keep_for_rehearsal` has kept, the latest first."""
         return self._db.execute("SELECT sha256, class FROM rehearsal ORDER BY place DESC").fetchall()
 
+    def deleted_kept_for_rehearsal(self) -> int:
+        """How many of these samples have no file any more."""
+        query = "SELECT count(*) FROM rehearsal WHERE sha256 NOT IN (SELECT sha256 FROM file_versions)"
+        return int(self._db.execute(query).fetchone()[0])
+
     def _forget_absent(self, present: set[str]) -> None:
         """Forgets the splits that were assigned first, if more than ABSENT are of contents that are not `present`."""
         (known,) = self._db.execute("SELECT count(*) FROM slices").fetchone()

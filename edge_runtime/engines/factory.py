@@ -10,7 +10,7 @@ from edge_runtime.engines.sessions import CPU
 from edge_runtime.engines.step_graph import StepGraphEngine
 from fedfmsl.common.onnx_runtime import has_ort_training, require_ort_training
 from fedfmsl.errors import ConfigError
-from fedfmsl.protocol.messages import EngineChoice
+from fedfmsl.protocol.setting_types import EngineChoice
 from fedfmsl.protocol.task_bundle import TaskBundle
 
 

@@ -23,11 +23,11 @@ from edge_runtime.store import DeviceStore
 from edge_runtime.training.personal_model import ModelHeader, PersonalModel
 from edge_runtime.training.stored_model import open_model_bundle, read_personal_model
 from fedfmsl.algorithms.arrays import Floats, Vector
-from fedfmsl.algorithms.calibration import UNKNOWN
 from fedfmsl.common.cli import notice
 from fedfmsl.common.files import why_no_file
 from fedfmsl.errors import BundleError, FedFMSLError, shown
 from fedfmsl.protocol.bundle import Preprocessing
+from fedfmsl.protocol.class_names import UNKNOWN
 from fedfmsl.protocol.messages import Prediction
 from fedfmsl.protocol.task_bundle import TaskBundle
 

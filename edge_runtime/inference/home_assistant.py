@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedfmsl.algorithms.calibration import UNKNOWN
 from fedfmsl.errors import ConfigError, one_line
+from fedfmsl.protocol.class_names import UNKNOWN
 from fedfmsl.protocol.messages import Activity
 from fedfmsl.protocol.topics import Topics, discovery_topic
 

@@ -28,7 +28,8 @@ from edge_runtime.store.device_store import PROBE
 from edge_runtime.training.gate import Gate
 from fedfmsl.errors import RunError, one_line
 from fedfmsl.protocol.bundle import file_sha256
-from fedfmsl.protocol.messages import EngineChoice, EngineName, Training
+from fedfmsl.protocol.messages import EngineName, Training
+from fedfmsl.protocol.setting_types import EngineChoice
 from fedfmsl.protocol.task_bundle import TaskBundle
 
 BATCH = 16  # samples per step; the server's default

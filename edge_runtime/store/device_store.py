@@ -135,6 +135,14 @@ class DeviceStore:
         """Downloaded bundles, each in a folder named by its SHA-256."""
         return self.root / "bundles"
 
+    @property
+    def present_bundle(self) -> str:
+        """SHA-256 of the downloaded bundle that the device uses. "": there is none yet."""
+        try:
+            return (self.bundles / "used").read_text("ascii", errors="replace").split()[0]
+        except (OSError, IndexError):
+            return ""
+
     def keep_bundles(self, present: str, of_model: str = "") -> None:
         """Removes all downloaded bundles but the `present` one, the one before it, and that of the personalized model.
         Arguments are SHA-256. Does nothing on a disk that cannot be written."""

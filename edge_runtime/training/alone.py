@@ -6,6 +6,8 @@ run's settings. The gate adapter stays as it is, because it fits all of them. No
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from edge_runtime.training.context import TrainingContext
 from edge_runtime.training.evaluation import evaluate
 from edge_runtime.training.local_expert import LocalExpert, train_local
@@ -14,12 +16,15 @@ from edge_runtime.training.stages import Globals, StageResult
 from fedfmsl.protocol.messages import Round, Stage
 
 
-def personalize_alone(context: TrainingContext, finished: Round, published: Globals) -> StageResult:
+def personalize_alone(
+    context: TrainingContext, finished: Round, published: Globals, training: Callable[[Round], TrainingContext]
+) -> StageResult:
     """All rounds of stage 2, then the evaluation. After an interruption it goes on with the round that was not
-    completed."""
+    completed. `training`: what a round trains with."""
     temperature = global_temperature(context, published)
     before = LocalExpert.load(context, finished.session)
     for index in range(before.round + 1 if before else 0, finished.repetitions):
         changed = {"stage": Stage.PERSONAL, "index": index, "of": finished.repetitions}
-        train_local(context, finished.model_copy(update=changed), published, temperature)
+        round_ = finished.model_copy(update=changed)
+        train_local(training(round_), round_, published, temperature)
     return evaluate(context, finished, published)

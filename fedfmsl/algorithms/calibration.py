@@ -15,7 +15,6 @@ import numpy as np
 from fedfmsl.algorithms.arrays import Floats, Labels
 from fedfmsl.algorithms.mixture import log_softmax, nll
 
-UNKNOWN = "unknown"
 ALPHA = 0.05  # share of samples of known classes that may be called unknown
 # Log-normal prior of T: its median, and the standard deviation of log T. Networks are usually too confident (Guo et al.
 # 2017): six devices' models needed T of 1.2 to 1.7 on photos of other days (benchmark, seed 0). Their held-out splits

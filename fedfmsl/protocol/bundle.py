@@ -38,12 +38,12 @@ from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.errors import BundleError, no_permission
 from fedfmsl.protocol.layout import Layout, Slot
 from fedfmsl.protocol.messages import Count, Number, Positive
+from fedfmsl.protocol.setting_types import Precision
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 TOKENIZER = "tokenizer.json"
 FP16 = "fp16-"  # begins the names of the graphs with products in float16
-Precision = Literal["fp32", "int8"]  # of the frozen weight matrices
 RGB = tuple[float, float, float]
 Filter = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 FILTERS: tuple[Filter, ...] = get_args(Filter)  # by Pillow's number

@@ -10,9 +10,9 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedfmsl.algorithms.calibration import UNKNOWN
 from fedfmsl.errors import ConfigError, InputError, one_line
 
+UNKNOWN = "unknown"  # the answer when the confidence is below the threshold
 MAX_BYTES = 255  # of a folder name
 MAX_CLASSES = 4096  # messages have a number for each class
 LISTED = 5  # names in a list for people

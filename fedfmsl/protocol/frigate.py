@@ -7,10 +7,13 @@ integration and notifiers read it.
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-from fedfmsl.algorithms.calibration import UNKNOWN
 from fedfmsl.errors import ConfigError
-from fedfmsl.protocol.messages import Prediction
+from fedfmsl.protocol.class_names import UNKNOWN
+
+if TYPE_CHECKING:
+    from fedfmsl.protocol.messages import Prediction
 
 MAX_TOPIC_BYTES = 1024
 _TOPIC = re.compile(r"[^+#\0]+/[^/+#\0]+/classification/[^/+#\0]+")

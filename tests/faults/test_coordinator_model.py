@@ -40,7 +40,8 @@ from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.state import Plan, initial_state
 from trainer_server.service.lifecycle import make_plan, open_run, replay_rounds, restore_state
 from trainer_server.storage.checkpoint import vectors_of
-from trainer_server.storage.run_store import LoggedEvent, RunStore
+from trainer_server.storage.event_rows import LoggedEvent
+from trainer_server.storage.run_store import RunStore
 
 TIMEOUT, JOIN, MAX_NORM, MAX_SAMPLES = 100.0, 50.0, 50.0, 1000
 DEVICES = ["a", "b", "c", "d"]
@@ -169,7 +170,7 @@ class Machine(RuleBasedStateMachine):
         sha256 = blob_hash(blob)
         self.blobs[sha256] = tensors
         if wanted is Verdict.ACCEPTED and self.store:  # the file is whole before its event is committed
-            (self.store.tensors / sha256).write_bytes(blob)
+            (self.store.blobs.folder / sha256).write_bytes(blob)
         commands = self.feed(UpdateSeen(update, tensors, sha256, len(blob)))
         (reply,) = [c for c in commands if isinstance(c, SendAck)]
         assert reply.ack.verdict is wanted, (wanted, reply.ack)
@@ -261,7 +262,7 @@ class Machine(RuleBasedStateMachine):
             return
         DONE["crashes"] += 1
         if leftover:
-            (self.store.tensors / ("0" * 64)).write_bytes(b"half a file")
+            (self.store.blobs.folder / ("0" * 64)).write_bytes(b"half a file")
         self.store.close()
         self.store = RunStore(self.store.folder)
         self.plan = make_plan(self.store, BUNDLE[0])
@@ -306,7 +307,7 @@ class Machine(RuleBasedStateMachine):
             if any(isinstance(command, AnnounceRound) for command in commands) and keep:
                 self.store.save_checkpoint(self.state, self.now)
                 if not self.config.audit:
-                    assert len(list(self.store.tensors.iterdir())) == 1
+                    assert len(list(self.store.blobs.folder.iterdir())) == 1
         return commands
 
     # the model

@@ -115,7 +115,7 @@ def test_messages_of_a_hostile_client_cost_nothing(
     with Observer(simulation.broker, RUN) as observer:
 
         def attack(number: int) -> None:
-            closed = RunStore(simulation.out).rounds()[-1].round.round
+            closed = RunStore(simulation.out).rounds.all()[-1].round.round
             begun = observer.wait(Round, lambda announced: announced.round > closed, "the present round")
             assert (
                 publish(simulation.broker.url, [(TOPICS.status(HOSTILE), encode(introduction))], seconds) or not prompt
@@ -130,6 +130,6 @@ def test_messages_of_a_hostile_client_cost_nothing(
         simulation.start_fleet(delay=LONG_DELAY if full else DELAY)
         strike_each(simulation.out, row, times, attack)
         outcome = simulation.check(row, undisturbed)
-    assert HOSTILE not in {name for closed in RunStore(outcome.out).rounds() for name in closed.updates}
+    assert HOSTILE not in {name for closed in RunStore(outcome.out).rounds.all() for name in closed.updates}
     refused = set(re.findall(r"refused from \S+ \((.+?)\)", simulation.servers[-1].stdout))
     assert refused >= reasons or not prompt, refused

@@ -21,8 +21,9 @@ from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import ClockTicked, Event, StatusSeen, StoreRound, UpdateSeen
 from trainer_server.coordinator.state import Key, State, initial_state
 from trainer_server.service.lifecycle import make_plan
+from trainer_server.storage.event_rows import LoggedEvent
 from trainer_server.storage.origin import Origin
-from trainer_server.storage.run_store import DATABASE, LoggedEvent, RunStore
+from trainer_server.storage.run_store import DATABASE, RunStore
 
 DEVICES = device_names(3)
 SAL = Sal(CapabilityQueue(3, 0.02), max_level=1)
@@ -62,7 +63,7 @@ def run_without_a_network(out: Path, bundle: TaskBundle) -> None:
         for name in DEVICES:
             update, tensors = update_of(bundle, name, state.announced, 1)
             blob = pack(update, tensors)
-            (store.tensors / blob_hash(blob)).write_bytes(blob)
+            (store.blobs.folder / blob_hash(blob)).write_bytes(blob)
             state = happens(state, UpdateSeen(update, tensors, blob_hash(blob), len(blob)))
         state = happens(state, ClockTicked())
     store.close()

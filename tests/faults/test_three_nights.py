@@ -25,6 +25,7 @@ from fedfmsl.common.hours import Hours
 from fedfmsl.protocol.messages import DeviceStatus, Stage
 from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.storage.operations import Operations
+from trainer_server.storage.run_status import sizes_of
 from trainer_server.storage.run_store import RunStore
 
 DEVICES = ["d0", "d1", "d2"]
@@ -82,7 +83,7 @@ def test_a_fleet_learns_over_three_nights(
         fleet.patch(monkeypatch, with_models=full)
 
         def rounds(session: str) -> list[tuple[Stage, list[str]]]:
-            closed = [each for each in RunStore(fleet.out).rounds() if each.round.session == session]
+            closed = [each for each in RunStore(fleet.out).rounds.all() if each.round.session == session]
             return [(each.round.stage, sorted(each.updates)) for each in closed]
 
         def session() -> str:
@@ -124,7 +125,9 @@ def test_a_fleet_learns_over_three_nights(
                 assert isinstance(fleet.server.end(), Killed)
             fleet.start_server()
             fleet.says(ENDS, 2)
-            second = next(closed.round.session for closed in RunStore(fleet.out).rounds() if closed.round.round == 7)
+            second = next(
+                closed.round.session for closed in RunStore(fleet.out).rounds.all() if closed.round.round == 7
+            )
             longer = [Stage.STATISTICS, Stage.GLOBAL, *night]
             assert rounds(second) == [(stage, ["d0", "d1"]) for stage in longer]
             task = RunStore(fleet.out).task()
@@ -149,7 +152,7 @@ def test_a_fleet_learns_over_three_nights(
             fleet.says(ENDS, 3)
             assert "the candidate of round 14 is rejected: 3 of 3 devices lose more than 0.3 nats" in fleet.notes
             assert rounds(third) == [(stage, DEVICES) for stage in [Stage.GLOBAL, *night]]
-            numbers = [closed.round.round for closed in RunStore(fleet.out).rounds()]
+            numbers = [closed.round.round for closed in RunStore(fleet.out).rounds.all()]
             assert numbers == list(range(1, 6 + 7 + 6 + 1))
             fleet.stop_server()
             for name in DEVICES:
@@ -182,7 +185,7 @@ def test_many_nights_leave_as_much_as_a_few(
             write_device_photos(fleet.photos("d"), {"apple": 6}, seed=night)
             fleet.says("the run rests: until", night + 1)
             gc.collect()
-            files, disk = len([*Path("/proc/self/fd").iterdir()]), sum(RunStore(fleet.out).sizes().values())
+            files, disk = len([*Path("/proc/self/fd").iterdir()]), sum(sizes_of(RunStore(fleet.out)).values())
             memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
             uses[night] = {"memory": memory, "threads": threading.active_count(), "files": files, "disk": disk}
         for what, bound in {"memory": 20e6, "threads": 1, "files": 6, "disk": 1e6}.items():

@@ -99,7 +99,7 @@ def test_an_operator_watches_a_whole_run_and_excludes_a_device(
             page.screenshot(path=Path(screenshots) / "console.png", full_page=True)
         assert accessibility_faults(page) == []
         assert server.wait().code == 0
-    rounds = RunStore(federation.server_folder).rounds()
+    rounds = RunStore(federation.server_folder).rounds.all()
     assert {name for closed in rounds for name in closed.updates} == {*photos} - {EXCLUDED}
     log = (federation.server_folder / "notes.log").read_text()
     assert [line.split(": ", 1)[1] for line in log.splitlines() if "operator at 127.0.0.1" in line] == [

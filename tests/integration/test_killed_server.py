@@ -90,7 +90,7 @@ def test_a_killed_server_resumes_the_round_with_the_acknowledged_updates(
 
 
 @pytest.mark.parametrize("kind", ["amqtt", pytest.param("mosquitto", marks=pytest.mark.needs("mosquitto"))])
-def test_of_two_servers_of_one_run_the_older_one_exits_with_the_reason(
+def test_a_second_server_of_another_folder_does_not_take_a_run_over(
     bundle: Path, photos: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
     with Processes(tmp_path / "logs") as processes:
@@ -99,5 +99,5 @@ def test_of_two_servers_of_one_run_the_older_one_exits_with_the_reason(
             older = Federation("duplicate", broker, bundle, photos, tmp_path / "older", processes).start_server()
             observer.wait(ServerStatus, lambda s: s.online, "the first server")
             newer = Federation("duplicate", broker, bundle, photos, tmp_path / "newer", processes).start_server()
-            older.wait().assert_error(8, "another server was started for run 'duplicate'", "another --run")
-            assert newer.running
+            newer.wait().assert_error(8, "run 'duplicate' exists already", "its server is online", "purge --run")
+            assert older.running

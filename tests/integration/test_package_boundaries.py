@@ -55,7 +55,8 @@ TABLE = (
         "torch transformers peft optimum huggingface_hub requests onnx onnxruntime tokenizers safetensors numpy rich "
         "typer",
     ),
-    Row("trainer_server.config", FEDFMSL, "pydantic pydantic_settings"),
+    Row("trainer_server.defaults"),
+    Row("trainer_server.config", f"{FEDFMSL} trainer_server.defaults", "pydantic pydantic_settings"),
     Row("trainer_server.coordinator", f"{FEDFMSL} trainer_server.config", "numpy"),
     Row(
         "trainer_server.storage",
@@ -122,9 +123,7 @@ TABLE = (
         f"fedfmsl {FEDFMSL} trainer_server.* {EDGE} {EDGE}.* devices.trial",
         "matplotlib numpy pyarrow pydantic rich typer",
     ),
-    Row(
-        "fedfmsl.__main__", f"fedfmsl fedfmsl.errors {COMMON}", "typer"
-    ),  # it imports the other commands by name at run time
+    Row("fedfmsl.__main__", f"fedfmsl {COMMON}", "typer"),  # it imports the other commands by name at run time
     Row("benchmarks", " ".join(f"{root} {root}.*" for root in ROOTS[:-1]), "*"),
 )
 # Optional dependencies: only this module may import them.
@@ -235,7 +234,7 @@ def test_nothing_imports_benchmarks_or_tests() -> None:
         ("fedfmsl.protocol.bundle", {*EXPORT_ONLY, "onnx", "onnxruntime", "paho", "typer"}),
         *(
             (module, {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "onnxruntime", "tokenizers", "PIL", "paho", "psutil", "rich"})
-            for module in ("edge_runtime.__main__", "edge_runtime.daemon.status")
+            for module in ("edge_runtime.commands", "edge_runtime.daemon.status")
         ),
         (
             "edge_runtime.daemon.loop",
@@ -253,7 +252,7 @@ def test_nothing_imports_benchmarks_or_tests() -> None:
         ("edge_runtime.page.service", {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "onnxruntime", "tokenizers", "paho"}),
         ("edge_runtime.engines.step_graph", {*EXPORT_ONLY, *SERVER_ONLY, "onnx", "paho", "typer"}),
         (
-            "trainer_server.__main__",
+            "trainer_server.commands",
             {*EXPORT_ONLY, "onnx", "onnxruntime", "edge_runtime", "PIL", "rich", "starlette", "uvicorn", "jinja2"},
         ),
         ("devices.install", {*EXPORT_ONLY, *SERVER_ONLY, "amqtt", "matplotlib", "onnx", "pyarrow", "tokenizers"}),

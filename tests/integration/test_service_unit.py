@@ -66,7 +66,7 @@ def test_systemd_accepts_the_servers_unit(tmp_path: Path) -> None:
 
 def test_the_server_works_without_writable_and_executable_memory() -> None:
     code = "from Crypto.Protocol.SecretSharing import Shamir; Shamir.split(2, 3, bytes(16))"
-    done = run_without_new_code("-c", f"import trainer_server.__main__; {code}")
+    done = run_without_new_code("-c", f"import trainer_server.commands; {code}")
     assert done.returncode == 0, done.stderr
 
 

@@ -81,7 +81,7 @@ def test_a_class_is_added_during_stage_1_while_server_and_devices_go_on(
         devices[0].resume()
         assert [process.wait().code for process in (server, *devices)] == [0, 0, 0]
         store = RunStore(fleet.server_folder)
-        closed = [record.round for record in store.rounds()]
+        closed = [record.round for record in store.rounds.all()]
         assert [round_.round for round_ in closed] == list(range(1, len(closed) + 1))
         former = [round_.stage for round_ in closed if round_.session != store.origin.session]
         assert former and set(former) == {Stage.STATISTICS, Stage.GLOBAL}

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from edge_runtime.engines.sessions import open_session, run
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.common.onnx_runtime import has_ort_training
-from fedfmsl.protocol.bundle import TOKENIZER, Bundle, Precision
+from fedfmsl.protocol.bundle import TOKENIZER, Bundle
+from fedfmsl.protocol.setting_types import Precision
 from fedfmsl.protocol.task import Task
 from fedfmsl.protocol.task_bundle import TaskBundle, with_numbered_classes
 from support.samples import CLASSES

@@ -13,7 +13,8 @@ from trainer_server.coordinator.events import BeginSession, ClockTicked, Event, 
 from trainer_server.coordinator.state import Plan
 from trainer_server.service.lifecycle import make_plan, restore_state
 from trainer_server.service.next_session import begin_session
-from trainer_server.storage.run_store import LoggedEvent, RunStore
+from trainer_server.storage.event_rows import LoggedEvent
+from trainer_server.storage.run_store import RunStore
 
 
 class OfflineServer:
@@ -34,7 +35,7 @@ class OfflineServer:
                 self.state, self.now = restore_state(self.store, self.plan)
                 return
         if isinstance(event, UpdateSeen) and state is not self.state:
-            write_atomically(self.store.tensors / event.sha256, pack(event.update, event.tensors))
+            write_atomically(self.store.blobs.folder / event.sha256, pack(event.update, event.tensors))
         if state is self.state:
             return
         ended = next((c.error or "finished" for c in commands if isinstance(c, Stop)), None)

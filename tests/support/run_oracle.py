@@ -21,7 +21,8 @@ from trainer_server.coordinator.events import AnnounceRound, ClockTicked, Update
 from trainer_server.coordinator.records import ClosedRound
 from trainer_server.coordinator.state import Key, Plan, initial_state
 from trainer_server.service.lifecycle import make_plan, open_bundle, replay_rounds, restore_state
-from trainer_server.storage.run_store import LoggedEvent, RunStore
+from trainer_server.storage.event_rows import LoggedEvent
+from trainer_server.storage.run_store import RunStore
 
 Outcome = tuple[str, int, int, str, str, str]
 Undisturbed = Callable[[int, int], "Reference"]  # numbers of devices and of rounds of stage 1 → a run without a fault
@@ -53,7 +54,7 @@ def examine(out: Path, acknowledged: Iterable[Key], undisturbed: Reference) -> F
     """Examines a finished run. `acknowledged`: updates that were acknowledged as accepted or duplicate."""
     store = RunStore(out)
     plan = make_plan(store, open_bundle(store))
-    closed = store.rounds()
+    closed = store.rounds.all()
     times = Counter(_keys(store.events(since_checkpoint=False)))
     recorded = {(one.round.round, device) for one in closed for device in one.updates}
     announced = _announced(store, plan, closed)
@@ -73,7 +74,7 @@ def examine(out: Path, acknowledged: Iterable[Key], undisturbed: Reference) -> F
 
 def reference(out: Path) -> Reference:
     store = RunStore(out)
-    closed = store.rounds()
+    closed = store.rounds.all()
     rounds = _announced(store, make_plan(store, open_bundle(store)), closed)
     return Reference(frozenset(closed[0].updates), [outcome(one) for one in rounds])
 

@@ -16,14 +16,20 @@ import fedfmsl
 from fedfmsl import errors
 from fedfmsl.__main__ import PARTS, app
 from fedfmsl.common.exit_codes import EXIT_CODES
+from fedfmsl.common.lazy_group import LazyGroup, commands_of
 
-HEAVY = ("torch", "onnxruntime", "paho", "pydantic", "edge_runtime", "trainer_server", "export", "devices")
+HEAVY = {"torch", "onnx", "onnxruntime", "numpy", "paho", "ssl", "sqlite3", "cryptography", "matplotlib", "pyarrow"}
+GROUPS = ("fedfmsl.__main__", "edge_runtime.__main__", "trainer_server.__main__", "export.__main__")
+
+
+def command_in(module: str) -> Any:
+    return typer.main.get_command(import_module(module).app)
 
 
 def options_of(command: Any) -> dict[str, Any]:
     """The parameters of a command and of its subcommands."""
     mine = {name: (parameter.help, parameter.required) for parameter in command.params for name in parameter.opts}
-    return {"": mine, **{name: options_of(one) for name, one in getattr(command, "commands", {}).items()}}
+    return {"": mine, **{name: options_of(one) for name, one in commands_of(command).items()}}
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -31,8 +37,8 @@ def test_a_subcommand_has_the_options_of_its_module(name: str) -> None:
     part = PARTS[name]
     group: Any = typer.main.get_command(app)
     _, command, _ = group.resolve_command(group.make_context("fedfmsl", [name, "--help"]), [name])
-    module: Any = typer.main.get_command(import_module(part.module).app)
-    expected = module.commands[part.command] if part.command else module
+    module = command_in(part.module)
+    expected = commands_of(module)[part.command] if part.command else module
     assert options_of(command) == options_of(expected)
     shown = " ".join(CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output.split())
     assert shown.startswith(f"Usage: root {name}")
@@ -40,16 +46,37 @@ def test_a_subcommand_has_the_options_of_its_module(name: str) -> None:
         assert option in shown or not option.startswith("-")
 
 
-def test_help_imports_no_part() -> None:
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        *((module, HEAVY | {"pydantic"}) for module in GROUPS),
+        ("export.build", HEAVY),
+        ("devices.trial.__main__", HEAVY - {"ssl"}),  # asyncio needs ssl, pydantic-settings needs asyncio
+    ],
+)
+def test_help_imports_nothing_that_takes_long(module: str, heavy: set[str]) -> None:
     program = (
-        "import sys; from fedfmsl.__main__ import app\n"
+        f"import sys; from {module} import app\n"
         "try: app(['--help'])\n"
-        f"except SystemExit: print('imported', [name for name in {HEAVY} if name in sys.modules])"
+        f"except SystemExit: print('imported', sorted({heavy} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    for name, part in PARTS.items():
-        assert name in done.stdout and part.help in " ".join(done.stdout.split())
     assert done.stdout.splitlines()[-1] == "imported []"
+    for name, command in getattr(command_in(module), "lazy", {}).items():
+        assert command.hidden or name in done.stdout
+
+
+@pytest.mark.parametrize("module", GROUPS)
+def test_a_group_lists_the_commands_of_its_modules_with_their_help(module: str) -> None:
+    group = command_in(module)
+    assert isinstance(group, LazyGroup)
+    for name, command in commands_of(group).items():
+        listed = group.lazy[name]
+        assert " ".join(command.help.split("\n\n")[0].split()) == listed.help
+        assert command.hidden == listed.hidden
+    for source in {listed.module for listed in group.lazy.values() if listed.command}:
+        taken = {listed.command for listed in group.lazy.values() if listed.module == source}
+        assert module == "fedfmsl.__main__" or commands_of(command_in(source)).keys() == taken  # none is left out
 
 
 def test_the_version_is_that_of_the_installed_package() -> None:
@@ -84,7 +111,7 @@ def test_shell_completion_of_subcommands_options_and_choices() -> None:
 def test_a_missing_dependency_is_named_with_the_extra_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "export.__main__", None)
     with pytest.raises(errors.ConfigError, match=r"fedfmsl export needs .* pip install 'fedfmsl-edge\[export\]'"):
-        CliRunner().invoke(app, ["export", "--help"], catch_exceptions=False)
+        CliRunner().invoke(app, ["export", "--help"], catch_exceptions=False, prog_name="fedfmsl")
 
 
 def test_every_error_has_its_exit_code_in_the_table() -> None:

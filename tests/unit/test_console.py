@@ -31,11 +31,13 @@ from trainer_server.console.snapshot import RunReader, Runs, Snapshot
 from trainer_server.coordinator.events import OperatorActed
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.operator import Action, Operation
+from trainer_server.storage.event_rows import LoggedEvent
 from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.observations import DeviceView, Observations, ServerView, read_observations
 from trainer_server.storage.operations import Operations
 from trainer_server.storage.origin import Origin
-from trainer_server.storage.run_store import LoggedEvent, RefusalCount, RunStore
+from trainer_server.storage.refusal_counts import RefusalCount
+from trainer_server.storage.run_store import RunStore
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -224,6 +226,12 @@ def test_proposed_classes_are_shown_and_added(vit: Built, tmp_path: Path) -> Non
             assert ask(site, f"{path}action", form={**form, "classes": wrong})[0] == 400
         for known in ("Apple", "quince"):
             assert ask(site, f"{path}action", form={**form, "classes": known})[0] == 409
+        (link,) = re.findall(r'href="([^"]*action=withdraw[^"]*)"', ask(site, path)[1])
+        assert "Withdraw quince, so that it is not added" in ask(site, html.unescape(link))[1]
+        assert ask(site, f"{path}action", form={**form, "action": "withdraw", "classes": "apple"})[0] == 409
+        assert ask(site, f"{path}action", form={**form, "action": "withdraw", "classes": "quince"})[0] == 303
+        last = Operations(folder).waiting()[-1][1]
+        assert last is not None and last.action is Action.WITHDRAW
 
 
 def test_the_page_of_a_round_offers_to_return_to_its_global_expert_if_it_is_kept(vit: Built, tmp_path: Path) -> None:
@@ -346,6 +354,9 @@ def test_observations_are_written_at_most_once_a_second_and_only_changes(tmp_pat
     assert server == ServerView(seen=102.0)
     assert devices["a"].heard == 101.0
     assert read_observations(tmp_path, since=103.0)[1] == {}
+    observations._next = 0.0
+    observations.save(ServerView(seen=104.0), {"b": status("b")})  # the run has forgotten the other device
+    assert read_observations(tmp_path)[1].keys() == {"b"}
     observations.close()
     (tmp_path / "observations.sqlite").write_text("no database")
     assert read_observations(tmp_path) == (None, {})

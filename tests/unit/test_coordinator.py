@@ -30,6 +30,7 @@ from support.coordinators import (
 from fedfmsl.algorithms.class_means import class_mean_head
 from fedfmsl.algorithms.discriminant import discriminant_head, logit_head, with_former_rows
 from fedfmsl.algorithms.sal import AllAtOnce, CapabilityQueue, FixedSchedule
+from fedfmsl.common.persistent_map import PersistentMap
 from fedfmsl.protocol.messages import (
     MAX_NAMED,
     Encoding,
@@ -56,6 +57,8 @@ from trainer_server.coordinator.events import (
     Stop,
     StoreRound,
 )
+from trainer_server.coordinator.round_update import scaled_down
+from trainer_server.coordinator.state import Accepted
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 
 UNCAPPED = Aggregation(weight_cap=None)  # no device's sums are scaled down
@@ -375,7 +378,8 @@ def test_duplicate_late_and_early_updates_get_their_verdicts_and_change_nothing(
     first = run.announced
     run.answers(["a"])
     before = run.state
-    run.answers(["a"])
+    (again,) = run.answers(["a"])
+    assert isinstance(again, SendAck)  # a harmless resend is not refused
     run.feed(make_update(run.plan, first.model_copy(update={"round": 2}), "b"))
     assert run.state == before
     run.now = ROUND_SECONDS
@@ -876,6 +880,17 @@ def test_a_hostile_update_is_bounded_by_the_honest_ones_and_named(vit: Built) ->
             assert moved < 2 * float(np.median([np.linalg.norm(update) for update in honest]))
             assert any("d (999)" in note.text for note in logged if isinstance(note, Log))
         assert run.announced.stage is Stage.HEAD and run.state.norms == ()
+
+
+def test_the_log_names_only_devices_whose_updates_are_much_larger_than_the_others(vit: Built) -> None:
+    run = started(vit, [*"abcd"])
+    run.answers([*"abcd"])
+    for sizes, text in (((1, 1, 1, 2.9), ""), ((1, 1, 1, 3.1), "d (3.1)"), ((1, 4, 4, 4), "most updates")):
+        headers = {name: make_update(run.plan, run.announced, name).update for name in "abcd"}
+        norms = dict(zip("abcd", sizes, strict=True))
+        updates = {(1, name): Accepted(header, "", 0, norms[name]) for name, header in headers.items()}
+        noted = scaled_down(run.plan, replace(run.state, updates=PersistentMap(updates), norms=(1.0, 1.0)))
+        assert text in noted and bool(noted) == bool(text) and "a (" not in noted
 
 
 def test_a_device_whose_updates_undo_those_of_others_is_left_out_and_named(vit: Built) -> None:

@@ -30,7 +30,9 @@ from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, LEFT_OUT_ROUNDS
 from trainer_server.service.lifecycle import change_limits, make_plan, open_run, replay_rounds, restore_state
 from trainer_server.service.stored import refuse_changes, require_unchanged, stored_settings
 from trainer_server.settings import ResumeSettings, ServerSettings, ServiceSettings
-from trainer_server.storage.run_store import LoggedEvent, RunStore
+from trainer_server.storage.event_rows import LoggedEvent
+from trainer_server.storage.run_status import limits_in_force
+from trainer_server.storage.run_store import RunStore
 
 AB, A = ["a", "b"], ["a"]
 
@@ -308,7 +310,7 @@ def test_start_takes_the_limits_in_force_and_warns_of_those_that_it_ignores(
     changed = LimitsChanged(run.state.limits.model_copy(update={"enough": 0.5, "round_timeout": 9.0}))
     run.feed_only(changed, deadline)
     store.commit([LoggedEvent(0.0, changed), LoggedEvent(0.0, deadline)])
-    assert store.limits() == run.state.limits
+    assert limits_in_force(store) == run.state.limits
     now = config.model_copy(update={"enough": 0.5, "round_timeout": 7.0})
     open_run(tmp_path / "run", now, vit.bundle)
     assert not caplog.messages
@@ -332,4 +334,4 @@ def test_participation_counts_training_rounds(vit: Built, config: RunConfig, tmp
     run.answers(A)
     at_deadline(run)
     store.commit([], [command.closed for command in run.of(StoreRound)])
-    assert RunStore(store.folder).participation() == ({"a": 2, "b": 1, "c": 1}, 2)
+    assert RunStore(store.folder).rounds.participation() == ({"a": 2, "b": 1, "c": 1}, 2)

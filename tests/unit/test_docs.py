@@ -19,6 +19,7 @@ import pytest
 import typer
 
 from edge_runtime.settings import Settings
+from fedfmsl.common.lazy_group import commands_of
 from fedfmsl.common.settings import SettingsModel, read_settings
 from trainer_server.settings import ServerSettings
 
@@ -92,7 +93,7 @@ def resolve(words: list[str]) -> tuple[Any, list[str]]:
 
 def options_of(command: Any) -> set[str]:
     own = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
-    return own.union({"--help"}, *(options_of(one) for one in getattr(command, "commands", {}).values()))
+    return own.union({"--help"}, *map(options_of, commands_of(command).values()))
 
 
 def parse(command: Any, arguments: list[str]) -> None:
@@ -108,7 +109,7 @@ def parse(command: Any, arguments: list[str]) -> None:
 def test_commands_parse(page: Path) -> None:
     for words in commands_in(page.read_text()):
         command, arguments = resolve(words)
-        if not hasattr(command, "commands") or arguments not in ([], ["--help"], ["--version"]):
+        if not hasattr(command, "resolve_command") or arguments not in ([], ["--help"], ["--version"]):
             parse(command, arguments)
 
 

@@ -15,8 +15,8 @@ def guard() -> DuplicateServerGuard:
     return guard
 
 
-def status(session: str, online: bool = True) -> ServerStatus:
-    return ServerStatus(online=online, run="r", session=session, bundle="0" * 64, bundle_url="", model="vit")
+def status(instance: str, online: bool = True) -> ServerStatus:
+    return ServerStatus(online=online, run="r", session="1", instance=instance)
 
 
 def test_a_newer_server_takes_over(guard: DuplicateServerGuard) -> None:
@@ -27,8 +27,8 @@ def test_a_newer_server_takes_over(guard: DuplicateServerGuard) -> None:
 
 
 def test_an_earlier_server_does_not_take_over(guard: DuplicateServerGuard) -> None:
-    for session in ("earlier", "own", "earlier"):
-        guard.receive(status(session))
+    for instance in ("earlier", "own", "earlier"):
+        guard.receive(status(instance))
     assert not guard.superseded
 
 

@@ -29,10 +29,12 @@ from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, LEFT_OUT_ROUNDS
 from trainer_server.service.lifecycle import open_run
 from trainer_server.service.run_log import log_operator_state
+from trainer_server.storage.event_rows import LoggedEvent
 from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.observations import Observations, ServerView
 from trainer_server.storage.operations import Operations
-from trainer_server.storage.run_store import LoggedEvent, RunStore
+from trainer_server.storage.run_status import paused_and_excluded
+from trainer_server.storage.run_store import RunStore
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def as_json(store: RunStore) -> dict[str, object]:
 
 def test_before_the_first_round_status_shows_the_devices_that_are_online(store: RunStore) -> None:
     assert rows(store)["online"] == "0 of 2 devices"
-    store.save_joined({"dev-a"})
+    store.files.save_joined({"dev-a"})
     assert rows(store)["online"] == "1 of 2 devices: dev-a"
     assert as_json(store).items() >= {"online": ["dev-a"], "devices": 2}.items()
     assert not {"round", "stage", "ended"} & rows(store).keys()
@@ -76,7 +78,7 @@ def test_during_a_round_status_shows_its_stage_and_the_missing_devices(run: Coor
     store.commit([LoggedEvent(0.0, StatusSeen(run.status(name))) for name in ("a", "b")])
     store.save_checkpoint(run.state, 0.0)
     update = make_update(run.plan, run.announced, "a")
-    (store.tensors / update.sha256).write_bytes(pack(update.update, update.tensors))
+    (store.blobs.folder / update.sha256).write_bytes(pack(update.update, update.tensors))
     store.commit([LoggedEvent(1.0, update)])
     shown = rows(store)
     assert shown["stage"] == "statistics, round 1 of 1"
@@ -98,7 +100,7 @@ def test_status_and_a_server_that_starts_show_what_the_operator_has_done(
     act(Action.EXCLUDE, Action.PAUSE)
     assert as_json(store).items() >= {"paused": True, "excluded": ["b"], "missing": ["a"]}.items()
     assert rows(store)["excluded"] == "1: b"
-    log_operator_state(*store.paused_and_excluded())
+    log_operator_state(*paused_and_excluded(store))
     assert [record.message.partition(";")[0] for record in caplog.records] == [
         "the run is paused by the operator",
         "excluded by the operator: b",
@@ -139,7 +141,7 @@ def test_the_command_lists_what_devices_propose_and_adds_classes(run: Coordinato
     store.save_checkpoint(run.state, 0.0)
     statuses = {name: run.status(name, proposed=counts) for name, counts in proposed.items()}
     Observations(store.folder).save(ServerView(seen=time.time(), adds=("pear",)), statuses)
-    assert [line.split() for line in classes().stdout.splitlines()[2:]] == [
+    assert [line.split() for line in classes().stdout.splitlines()[-2:]] == [
         ["quince", "2", "8", "a,", "b"],
         ["fig", "[x]", "1", "1", "b"],
     ]
@@ -165,6 +167,10 @@ def test_the_command_lists_what_devices_propose_and_adds_classes(run: Coordinato
     ((_, operation),) = Operations(store.folder).waiting()
     assert operation is not None and operation.classes == ("quince", "f\u00edg")
     assert "the class 'quince' is added after" in str(classes("--add", "quince").exception)
+    refused = str(classes("--withdraw", "apple").exception)
+    assert "apple does not wait to be added, these do: pear, quince, fíg" in refused
+    assert "does not add quince, when its server is started" in classes("--withdraw", "quince").stdout
+    assert json.loads(classes("--json").stdout)["to_add"] == ["pear", "fíg"]
     store.commit([], ended="finished")
     assert "has ended (finished); start a new run with --from" in str(classes("--add", "lime").exception)
 
@@ -206,7 +212,7 @@ def test_status_shows_epsilon_of_each_observer(vit: Built, tmp_path: Path) -> No
     once = gaussian_epsilon(1.0, 1e-5)
     assert as_json(store)["epsilon"] == dict.fromkeys(("public", "participant", "server", "colluders"), once)
     update = make_update(plan, run.announced, "a")
-    (store.tensors / update.sha256).write_bytes(pack(update.update, update.tensors))
+    (store.blobs.folder / update.sha256).write_bytes(pack(update.update, update.tensors))
     store.commit([LoggedEvent(1.0, update)])
     shown = rows(store)
     assert shown["ε for everybody"] == f"{once:.3g} at δ = 1e-05"
@@ -216,7 +222,7 @@ def test_status_shows_epsilon_of_each_observer(vit: Built, tmp_path: Path) -> No
 
 def test_status_says_whether_a_server_runs_in_the_folder(run: CoordinatorRun, store: RunStore) -> None:
     assert rows(store)["server"].startswith("does not run, no event yet; start it again with")
-    with store.locked():
+    with store.files.locked():
         assert rows(store)["server"] == f"runs as process {os.getpid()}, no event yet"
         store.commit([LoggedEvent(0.0, StatusSeen(run.status("a")))])
         assert rows(store)["server"] == f"runs as process {os.getpid()}, last event 0:00:00 ago"

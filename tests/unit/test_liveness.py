@@ -45,6 +45,14 @@ def test_a_device_without_heartbeats_is_lost_and_comes_back_with_one(liveness: L
     assert lost_at(liveness, 265) == 265 + SILENCE
 
 
+def test_names_that_are_gone_make_room_for_others(liveness: Liveness) -> None:
+    names = [HERE.model_copy(update={"device": f"d{number}"}) for number in range(9)]
+    for number, status in enumerate(names):
+        liveness.status(status, retained=False, now=number * SILENCE / 2)
+    assert liveness.message("d8", online=False, now=10 * SILENCE) == StatusSeen(names[8])
+    assert liveness.message("d0", online=False, now=10 * SILENCE) is None
+
+
 def test_a_device_that_does_not_answer_the_servers_status_is_lost_sooner(liveness: Liveness) -> None:
     liveness.status(HERE, retained=False, now=0)
     liveness.connected(["d"], now=10)

@@ -16,7 +16,7 @@ from support.personal_models import globals_of, round_of
 from support.samples import CLASSES
 from transformers import AutoImageProcessor, AutoTokenizer, pipeline
 
-from edge_runtime.__main__ import personalize
+from edge_runtime.commands import personalize
 from edge_runtime.inference.classifier import FileClassifier
 from edge_runtime.inference.export_onnx import write_model
 from edge_runtime.inference.model_folder import write_model_folder

@@ -21,6 +21,7 @@ from edge_runtime.data.proposals import NothingToTrainError
 from edge_runtime.resources.governor import Readings
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
+from fedfmsl.common.backoff import Backoff
 from fedfmsl.errors import BundleError, InputError
 from fedfmsl.protocol.messages import Activity, DeviceStatus, ServerStatus, Stage, encode, parse
 from fedfmsl.protocol.topics import Topics
@@ -43,6 +44,7 @@ def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Daemon:
     monkeypatch.setattr(prepare, "SCAN_SECONDS", 0.01)
     monkeypatch.setattr(prepare, "POLL_SECONDS", 0.01)
     monkeypatch.setattr("edge_runtime.daemon.download.POLL_SECONDS", 0.01)
+    monkeypatch.setattr(prepare, "HEAR_SECONDS", 0.01)
     settings = Settings(run="r", images=tmp_path / "photos", broker="mqtt://127.0.0.1:9")
     (tmp_path / "state").mkdir()
     link, store = RecordingLink(settings.broker, "d"), DeviceStore(tmp_path / "state")
@@ -88,7 +90,6 @@ def test_only_a_first_start_of_a_plain_command_ends_without_samples(
     def wait(_: Daemon, __: object, ___: object, error: InputError) -> None:
         raise WaitsError(str(error))
 
-    monkeypatch.setattr(prepare, "HEAR_SECONDS", 0.01)
     monkeypatch.setattr(prepare, "wait_for_samples", wait)
     daemon.settings.images.mkdir()
     daemon = replace(daemon, settings=daemon.settings.model_copy(update={"stay": stay, "bundle": vit.bundle.root}))
@@ -145,7 +146,28 @@ def test_a_late_device_without_the_bundle_waits_also_while_the_server_of_the_fin
             link.events.put(Received(TOPICS.server_status, encode(heard.pop(0) if heard[1:] else new)))
 
     monkeypatch.setattr(link, "subscribe", subscribe)
-    monkeypatch.setattr("edge_runtime.daemon.download.RESUBSCRIBE_SECONDS", 0.01)
+    monkeypatch.setattr("edge_runtime.daemon.download.RESUBSCRIBE", Backoff(0.01, 0.01))
     with pytest.raises(BundleError, match="does not serve its bundle"):  # of the new run
         prepare.prepare(daemon, anew=False)
     assert heard == [new]
+
+
+def test_a_late_device_that_first_hears_the_server_of_the_finished_run_online_waits_for_another(
+    daemon: Daemon, vit: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has no bundle for it, and goes offline once it has announced the end again."""
+    link, task = daemon.link, vit.bundle.task
+    back = ServerStatus(online=True, run="r", session="s", bundle=vit.bundle.sha256, task=task.sha256)
+    new = back.model_copy(update={"session": "s2"})
+    daemon.store.tasks.keep(task)
+    heard, waited = [back, back.model_copy(update={"online": False}), new], list[str]()
+
+    def subscribe(topic: str) -> None:
+        if topic == TOPICS.server_status:
+            link.events.put(Received(topic, encode(heard.pop(0) if heard[1:] else new)))
+
+    monkeypatch.setattr(link, "subscribe", subscribe)
+    monkeypatch.setattr(prepare.logger, "warning", waited.append)
+    with pytest.raises(BundleError, match="does not serve its bundle"):  # of the new run
+        prepare.prepare(daemon, anew=False)
+    assert len(waited) == 1 and "waits for it" in waited[0] and heard == [new]

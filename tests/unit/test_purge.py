@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from support.processes import Broker, Processes
 from devices.provisioning.broker_kit import password_line
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.errors import BrokerError, RunError
-from fedfmsl.protocol.messages import DeviceStatus, ServerStatus, encode
+from fedfmsl.protocol.messages import DeviceStatus, ServerStatus, encode, parse
 from fedfmsl.protocol.topics import Topics, discovery_topic
 from fedfmsl.transport.link import Link, Received, Will
 from trainer_server.service.purge import purge
@@ -67,16 +68,39 @@ def test_all_that_a_run_has_left_is_removed_and_nothing_else(broker: Broker, pre
     publish(broker, dict.fromkeys(stays, b""))
 
 
+def answer(link: Link, topic: str, online: bytes) -> None:
+    """As a server does when the broker says that it is offline."""
+    while (event := link.next_event(30.0)) is not None:
+        if isinstance(event, Received) and event.topic == topic and not parse(ServerStatus, event.payload).online:
+            link.publish(topic, online, retain=True)
+            return
+
+
 def test_a_run_whose_server_is_online_is_not_touched(broker: Broker) -> None:
     topics = Topics("alive")
+    online = encode(ServerStatus(online=True, run="alive", session="1"))
     kept = {topics.globals_chunk("a" * 64, index): b"chunk" for index in range(MANY)}
-    kept[topics.server_status] = encode(ServerStatus(online=True, run="alive", session="1"))
+    kept[topics.server_status] = online
     publish(broker, kept)
+    server = Link(broker.url, "server")
+    server.connect()
+    server.subscribe(topics.server_status)
+    thread = threading.Thread(target=answer, args=(server, topics.server_status, online))
+    thread.start()
     with pytest.raises(RunError, match="the server of run 'alive' is online; stop it"):
-        purge(Link(broker.url, "purge"), topics, "")
+        purge(Link(broker.url, "purge"), topics, "", server_seconds=30.0)
+    thread.join()
+    server.close()
     for index in (0, MANY - 1):
         assert retained(broker, topics.globals_chunk("a" * 64, index))
     publish(broker, dict.fromkeys(kept, b""))
+
+
+def test_a_server_that_lost_power_with_the_broker_is_not_online(broker: Broker) -> None:
+    topics = Topics("dark")
+    publish(broker, {topics.server_status: encode(ServerStatus(online=True, run="dark", session="1"))})
+    assert purge(Link(broker.url, "purge"), topics, "", server_seconds=0.1) == 1
+    assert not retained(broker, topics.server_status)
 
 
 def test_a_server_whose_connection_the_client_ends_is_not_touched(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from support.samples import CLASSES
 from support.training_contexts import SAL, announced_round, initial_globals
 
 from edge_runtime.daemon.round_runner import RoundRunner
+from edge_runtime.daemon.status import describe
 from edge_runtime.data.folder import SampleFolder
 from edge_runtime.data.ledger import open_ledger
 from fedfmsl.algorithms.sal import AllAtOnce, Sal
-from fedfmsl.protocol.messages import Globals, Round, Stage, Update
+from fedfmsl.protocol.messages import Activity, Globals, Health, Round, Stage, Update
 from fedfmsl.protocol.tensors import blob_hash, pack, unpack
 
 GONE = CLASSES[0]
@@ -39,6 +40,13 @@ class Device:
 
     def train(self, level: int = 1, stage: Stage = Stage.GLOBAL, sal: Sal = SAL) -> Update:
         """The header of the update of the next round."""
+        self.run(level, stage, sal)
+        blob = self.runner.device.store.outbox.read(self.round)
+        assert blob is not None
+        return unpack(blob, Update)[0]
+
+    def run(self, level: int, stage: Stage, sal: Sal = SAL) -> None:
+        """Computes the next round."""
         store, named = self.runner.device.store, {}
         values = initial_globals(self.bundle, level)
         for kind in ("expert", "start", "gate"):
@@ -51,9 +59,6 @@ class Device:
         round_ = Round.model_validate({**announced.model_dump(), "sal": sal})
         self.runner.scan()
         self.runner.run(round_, bytes_down=0)
-        blob_ = store.outbox.read(self.round)
-        assert blob_ is not None
-        return unpack(blob_, Update)[0]
 
     def delete(self, name: str) -> None:
         for path in self.photos.rglob(f"{name}/*"):
@@ -82,6 +87,21 @@ def test_training_goes_on_with_deleted_samples(
     device.runner.device.cache.evict_all()  # the files cannot be read again
     assert device.train().samples == first.samples - before[GONE]
     assert device.kept()[GONE] == 0
+
+
+def test_a_device_that_personalizes_itself_alone_rehearses_and_status_shows_it(
+    vit: Built, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(vit, photos, tmp_path, rehearse=2)
+    device.train()
+    device.delete(GONE)
+    monkeypatch.setattr(device.runner, "write_personalized", lambda: None)
+    device.run(level=1, stage=Stage.FINISHED)
+    assert device.kept()[GONE] == 2
+    assert device.train().samples == len(device.runner.device.splits.train) + 2
+    health = Health(device="d", time=1.0, started=1.0, activity=Activity.WAITING)
+    shown = dict(describe(health, device.runner.device.store, now=2.0))
+    assert shown["rehearsal"] == "2 deleted samples are trained with (--rehearse)"
 
 
 def test_rehearsal_that_is_switched_off_forgets_the_samples(vit: Built, photos: Path, tmp_path: Path) -> None:

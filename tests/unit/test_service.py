@@ -170,12 +170,12 @@ def test_a_finished_run_goes_on_after_a_rollback(vit: Built, broker: Broker, tmp
         made = experts[0]
         assert Operations(s.folder).add(Operation(action=Action.PAUSE))
         assert Operations(s.folder).add(Operation(action=Action.ROLLBACK, round=made))
-        closed = RunStore(s.folder).rounds()[-1].round.round
+        closed = RunStore(s.folder).rounds.all()[-1].round.round
         s.start_again()
         s.run_to_its_end(since=closed + 1)
         assert "operator: the run has ended (finished), so pause changes nothing" in s.notes
         assert f"the run returns to the global expert of round {made} now" in s.notes
-        stages = [each.round.stage for each in RunStore(s.folder).rounds() if each.round.round > closed]
+        stages = [each.round.stage for each in RunStore(s.folder).rounds.all() if each.round.round > closed]
         assert stages == [Stage.PERSONAL, Stage.EVALUATE]
         assert KeptExperts(s.folder).rounds() == experts
 
@@ -245,7 +245,7 @@ def test_an_aggregation_that_finds_a_full_disk_is_tried_again(
         s.announce_device()
         s.run_to_its_end()
         assert s.notes.count("No space left on device") == 1
-        assert not any(closed.repeated for closed in RunStore(s.folder).rounds())
+        assert not any(closed.repeated for closed in RunStore(s.folder).rounds.all())
 
 
 def test_a_flood_of_garbage_costs_no_round_and_fills_no_log(vit: Built, broker: Broker, tmp_path: Path) -> None:
@@ -256,8 +256,8 @@ def test_a_flood_of_garbage_costs_no_round_and_fills_no_log(vit: Built, broker: 
         for number in range(garbage):
             s.link.publish(s.topics.update_chunk("a", "1", str(number)), number.to_bytes(8, "big"))
         s.run_to_its_end()
-        assert not any(closed.repeated for closed in RunStore(s.folder).rounds())
-        (refused,) = RunStore(s.folder).refusals()
+        assert not any(closed.repeated for closed in RunStore(s.folder).rounds.all())
+        (refused,) = RunStore(s.folder).refusals.all()
         assert (refused.device, refused.kind, refused.count) == ("a", "unreadable", garbage)
         assert len(s.notes) < 2000
 
@@ -272,7 +272,7 @@ def test_a_round_lasts_longer_while_heartbeats_say_that_a_device_is_at_work(
         s.link.publish(s.topics.health("a"), encode(health), retain=True)
         wait_until(lambda: "still at work: a" in s.notes, "the server sees that the device is at work")
         s.run_to_its_end()
-        assert not any(closed.repeated for closed in RunStore(s.folder).rounds())
+        assert not any(closed.repeated for closed in RunStore(s.folder).rounds.all())
 
 
 def test_a_refused_update_is_logged_without_its_tensors(vit: Built, broker: Broker, tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_a_refused_update_is_logged_without_its_tensors(vit: Built, broker: Brok
             s.observer.wait(Ack, lambda a: a.verdict is Verdict.REJECTED, "the refusal", begun)
         store = RunStore(s.folder)
         assert [logged.event for logged in store.events()] == [UpdateRefused("a")]
-        assert len([*store.tensors.iterdir()]) == 1  # of the checkpoint
+        assert len([*store.blobs.folder.iterdir()]) == 1  # of the checkpoint
         s.send(make_update(s.plan, first, "a"))
         s.observer.wait(Round, lambda r: r.round == 2, "a valid update still counts")
 
@@ -300,7 +300,7 @@ def test_a_device_that_is_not_allowed_takes_no_part_and_metrics_count_it(
         wait_until(lambda: "b is not in --allow" in s.notes, "the refusal")
         s.announce_device()
         s.run_to_its_end()
-        records = RunStore(s.folder).rounds()
+        records = RunStore(s.folder).rounds.all()
         assert {name for closed in records for name in closed.missing} == set()
         with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=10) as answer:
             lines = answer.read().decode().splitlines()
@@ -346,13 +346,13 @@ def test_a_reconnection_is_logged(vit: Built, tmp_path: Path) -> None:
             before = s.observer.catch_up()
             broker.kill()
             wait_until(lambda: "no connection to the broker" in s.notes, "the server notices")
-            wait_until(lambda: RunStore(s.folder).outage()[0] > 0, "its status says so")
+            wait_until(lambda: RunStore(s.folder).files.outage()[0] > 0, "its status says so")
             broker.start()
             s.observer.wait(ServerStatus, lambda status: status.online, "the server reconnects", since=before)
             s.announce_device()
             s.run_to_its_end()
             assert "connected to the broker again" in s.notes
-            assert RunStore(s.folder).outage() == (0, "")
+            assert RunStore(s.folder).files.outage() == (0, "")
 
 
 def test_the_log_never_exceeds_two_files(vit: Built, broker: Broker, tmp_path: Path) -> None:

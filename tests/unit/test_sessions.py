@@ -135,6 +135,18 @@ def test_names_that_cannot_be_added_change_nothing(vit: Built, names: tuple[str,
     assert run.state is before
 
 
+def test_a_class_is_withdrawn_until_it_is_added(vit: Built) -> None:
+    run = started(vit, approve_classes="min-devices=1")
+    proposes_lime = run.status("a", proposed={"lime": 5})
+    run.feed_only(ADD, OperatorActed(Operation(action=Action.CLASSES, classes=("fig",))), StatusSeen(proposes_lime))
+    run.feed_only(OperatorActed(Operation(action=Action.WITHDRAW, classes=NEW)))
+    assert approved(run.plan, run.state) == ("fig", "lime")
+    for name, why in (("quince", "does not wait to be added"), ("lime", "--approve-classes adds it")):
+        before = run.state
+        run.feed_only(OperatorActed(Operation(action=Action.WITHDRAW, classes=(name,))))
+        assert run.state is before and why in run.of(Log)[-1].text
+
+
 def test_the_rule_adds_what_enough_devices_propose(vit: Built) -> None:
     run = started(vit, approve_classes="min-devices=2", max_repeats=0, min_updates=3)
     proposed = {"a": {"quince": 5, "fig": 1}, "b": {"quince": 3}, "c": {"fig": 9}, "d": {"pear": 2}}
@@ -175,7 +187,7 @@ def test_a_class_is_added_in_the_same_folder(vit: Built, tmp_path: Path) -> None
     store, plan = server.store, server.plan
     assert plan.bundle.classes == (*CLASSES, *NEW)
     assert (plan.bundle.task.version, plan.session == first.session) == (2, False)
-    assert (server.state.round, server.state.announced, len(store.rounds())) == (3, None, 3)
+    assert (server.state.round, server.state.announced, len(store.rounds.all())) == (3, None, 3)
     assert former.round == 1 and server.state.good.expert.size == 0
     kept = server.state.expert
     server.feed(ClockTicked())  # it does not wait for devices that are online
@@ -186,14 +198,14 @@ def test_a_class_is_added_in_the_same_folder(vit: Built, tmp_path: Path) -> None
     heads = [plan.bundle.expert.split(expert)["classifier.weight"] for expert in (kept, server.state.expert)]
     assert np.array_equal(heads[0][: len(CLASSES)], heads[1][: len(CLASSES)])
     assert not np.allclose(heads[0][-1], heads[1][-1], atol=1e-3)
-    numbers = [closed.round.round for closed in finished(server).store.rounds()]
+    numbers = [closed.round.round for closed in finished(server).store.rounds.all()]
     assert numbers == list(range(1, len(numbers) + 1))
-    stages = [closed.round.stage for closed in server.store.rounds()][3:]
+    stages = [closed.round.stage for closed in server.store.rounds.all()][3:]
     assert stages == [Stage.STATISTICS, *3 * [Stage.GLOBAL], Stage.HEAD, Stage.PERSONAL, Stage.EVALUATE]
     tasks = {path.name for path in (store.folder / "tasks").iterdir()}
     assert tasks == {each.bundle.task.sha256 for each in (first, plan)}
     again = list(replay_rounds(store, make_plan(store, plan.bundle)))
-    assert again[:-1] == [closed.round for closed in store.rounds()][3:]
+    assert again[:-1] == [closed.round for closed in store.rounds.all()][3:]
     replay(store.folder)
     store._db.execute(
         "DELETE FROM events WHERE seq IN (SELECT seq FROM events WHERE kind = 'tick' ORDER BY 1 DESC LIMIT 2)"
@@ -211,7 +223,7 @@ def test_a_class_that_is_added_before_the_first_round_needs_no_global_expert(vit
     for event in server.joins():
         server.feed(event)
     assert finished(server).store.ended == "finished"
-    assert len(store.rounds()) == 1 + 3 + 1 + 1 + 1
+    assert len(store.rounds.all()) == 1 + 3 + 1 + 1 + 1
 
 
 @pytest.mark.parametrize("prepares", [True, False])
@@ -256,7 +268,7 @@ def test_the_run_returns_to_a_global_expert_of_fewer_classes(vit: Built, tmp_pat
                     server.feed(event)
                     if server.plan.session != before:
                         break
-        sha256 = KeptExperts(server.store.folder).copy(made, server.store.tensors)
+        sha256 = KeptExperts(server.store.folder).copy(made, server.store.blobs.folder)
         server.feed(OperatorActed(Operation(action=Action.ROLLBACK, round=made, sha256=sha256)))
         server.feed(ClockTicked())
         layout = server.plan.bundle.expert
@@ -283,7 +295,7 @@ def test_the_privacy_budget_counts_each_round_once(vit: Built, tmp_path: Path) -
     server = finished(changed(until(opened(vit, tmp_path / "run", **NOISY), Stage.GLOBAL, 1)))
     store = server.store
     noised = 3 + 1 + 3 + 1  # statistics and two rounds of stage 1; statistics, stage 1 and stage 2
-    closed = NoisedRounds.of(store.closed_counts(), store.origin.spent_before)
+    closed = NoisedRounds.of(store.rounds.counts(), store.origin.spent_before)
     budget = privacy_budget(store.origin.config, closed, server.state.announced, is_answered=False)
     expected = {observer.value: value for observer, value in epsilons(PRIVACY, noised, 1e-5).items()}
     assert budget == pytest.approx(expected, rel=1e-6)
@@ -355,7 +367,7 @@ def test_a_server_killed_at_any_step_begins_the_next_session_exactly_once(
             done += 1
         found = OfflineServer(store, make_plan(store, open_bundle(store)))
         assert found.plan.bundle.task.version == 2
-        assert [closed.round.round for closed in store.rounds()] == [1, 2]
+        assert [closed.round.round for closed in store.rounds.all()] == [1, 2]
         ends.add((Checkpoint.of(found.state).model_dump_json(), found.state.expert.tobytes()))
         shutil.rmtree(folder)
         step += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -166,8 +167,21 @@ def test_allowed_devices_are_names_or_a_file(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "names.txt").write_text("kitchen\nbalcony\n")
     flags = {"run": "r", "devices": 2, "bundle": tmp_path, "allow": given}
     assert read_settings(ServerSettings, flags=flags).allowed == {"kitchen", "balcony"}
-    with pytest.raises(ConfigError, match=r"--allow a/b: device name 'a/b' is invalid"):
-        assert read_settings(ServerSettings, flags={**flags, "allow": "a/b"}).allowed
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ("a/b", "there is no such file"),
+        ("devices.txt", "there is no such file"),
+        ("kitchen,b?d", "device name 'b?d' is invalid"),
+        ("", "device name '' is invalid"),
+    ],
+)
+def test_allowed_devices_are_no_missing_file(given: str, why: str) -> None:
+    flags = {"run": "r", "devices": 2, "bundle": "bundle", "allow": given}
+    with pytest.raises(ConfigError, match=f"--allow {re.escape(given)}: {re.escape(why)}"):
+        assert read_settings(ServerSettings, flags=flags).allowed
 
 
 def test_the_config_file_may_be_named_by_the_environment(written: Callable[[str], Path]) -> None:

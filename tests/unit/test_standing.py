@@ -25,6 +25,7 @@ from trainer_server.service.batch import Batch
 from trainer_server.service.lifecycle import make_plan, open_run, restore_state
 from trainer_server.service.rest import Rest
 from trainer_server.storage.kept_experts import KeptExperts
+from trainer_server.storage.run_status import sizes_of
 
 DAY = 86_400.0
 NIGHT = (Hours.parse("22:00-06:00"),)
@@ -85,7 +86,7 @@ def test_a_later_session_begins_with_news_only(vit: Built, tmp_path: Path) -> No
     again.sees("b", new_samples=9)
     again.sees("c", new_samples=9)
     assert again.night() == rounds  # the classes are known
-    numbers = [closed.round.round for closed in server.store.rounds()]
+    numbers = [closed.round.round for closed in server.store.rounds.all()]
     assert numbers == list(range(1, 8))
 
 
@@ -142,7 +143,7 @@ def test_new_classes_and_a_rollback_are_news(vit: Built, tmp_path: Path) -> None
     assert server.night() == []
     made = server.state.made
     KeptExperts(server.store.folder).write(made, server.state.expert)
-    sha256 = KeptExperts(server.store.folder).copy(made, server.store.tensors)
+    sha256 = KeptExperts(server.store.folder).copy(made, server.store.blobs.folder)
     server.feed(OperatorActed(Operation(action=Action.ROLLBACK, round=made, sha256=sha256)))
     server.tick()
     assert server.night().count(Stage.GLOBAL) == 1  # as many as the first session
@@ -217,11 +218,11 @@ def test_what_a_hundred_sessions_leave_is_bounded(vit: Built, tmp_path: Path) ->
         server.sees("abc"[(night + 1) % 3])
         server.sees("abc"[(night + 2) % 3])
         if night in (60, 120):
-            sizes[night] = server.store.sizes()
+            sizes[night] = sizes_of(server.store)
     assert len(server.plan.bundle.classes) == len(CLASSES) + 4
-    assert len(server.store.rounds()) == 40
+    assert len(server.store.rounds.all()) == 40
     assert len(list((server.store.folder / "tasks").iterdir())) == 2
     assert len(list(server.store.events())) < 20
     for kind in ("database", "tensors", "other"):
         assert sizes[120][kind] < 1.2 * sizes[60][kind]
-    assert sum(server.store.closed_counts().values()) == server.state.round
+    assert sum(server.store.rounds.counts().values()) == server.state.round

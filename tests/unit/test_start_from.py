@@ -105,9 +105,9 @@ def test_a_replay_does_not_need_the_earlier_folder(vit: Built, earlier: Path, tm
     shutil.rmtree(source)
     store = RunStore(server.store.folder)
     again = list(replay_rounds(store, make_plan(store, server.plan.bundle)))
-    assert again[:-1] == [closed.round for closed in store.rounds()]
+    assert again[:-1] == [closed.round for closed in store.rounds.all()]
     assert store.origin.start is not None
-    closed = len(RunStore(earlier).rounds())
+    closed = len(RunStore(earlier).rounds.all())
     text = f"{source}, run 'r' after round {closed}, at level 2; new: cherry; removed: kiwi, lemon"
     assert store.origin.start.text == text
     reopened = open_run(store.folder, store.origin.config, server.plan.bundle, source)  # the same command resumes
@@ -116,7 +116,7 @@ def test_a_replay_does_not_need_the_earlier_folder(vit: Built, earlier: Path, tm
 
 def test_stage_2_can_start_at_once(vit: Built, earlier: Path, tmp_path: Path) -> None:
     server = started(vit, tmp_path / "run", earlier, stage1_rounds=0).run()
-    stages = [closed.round.stage for closed in server.store.rounds()]
+    stages = [closed.round.stage for closed in server.store.rounds.all()]
     assert stages == [Stage.PERSONAL, Stage.EVALUATE]
     with pytest.raises(ConfigError, match="--stage1-rounds 0 needs --from"):
         started(vit, tmp_path / "other", stage1_rounds=0)
@@ -137,7 +137,7 @@ def test_training_goes_on_from_the_trained_head(vit: Built, tmp_path: Path) -> N
 
 def test_without_sums_training_makes_the_row_of_a_new_class(vit: Built, earlier: Path, tmp_path: Path) -> None:
     server = started(with_names(vit, OTHERS), tmp_path / "run", earlier, head=Head.ZEROS).run()
-    assert server.store.rounds()[0].round.stage is Stage.GLOBAL
+    assert server.store.rounds.all()[0].round.stage is Stage.GLOBAL
     start = server.plan.bundle.expert.split(server.state.start)
     assert server.state.start.size == server.plan.bundle.expert.size(LEVEL)  # of the warm start, for comparison
     assert np.allclose(start["classifier.weight"][1], start["classifier.weight"][[0, 2]].mean(axis=0), atol=1e-5)
@@ -153,7 +153,7 @@ NOISY = {
 
 def budget(server: OfflineServer) -> dict[str, float]:
     store = server.store
-    closed = NoisedRounds.of(store.closed_counts(), store.origin.spent_before)
+    closed = NoisedRounds.of(store.rounds.counts(), store.origin.spent_before)
     return privacy_budget(store.origin.config, closed, server.state.announced, is_answered=False)
 
 

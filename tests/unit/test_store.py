@@ -26,10 +26,11 @@ from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.records import ClosedRound
 from trainer_server.coordinator.state import State
 from trainer_server.service.lifecycle import make_plan, open_bundle, open_run, replay_rounds, restore_state
-from trainer_server.storage import run_store
+from trainer_server.storage import round_records
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
+from trainer_server.storage.event_rows import LoggedEvent
 from trainer_server.storage.kept_experts import KeptExperts
-from trainer_server.storage.run_store import DATABASE, LoggedEvent, RunStore
+from trainer_server.storage.run_store import DATABASE, RunStore
 
 
 def same(one: State, other: State) -> bool:
@@ -74,7 +75,7 @@ def test_a_server_killed_after_any_event_resumes_in_the_same_state(vit: Built, f
     assert last.store.ended == "finished"
     assert last.state.expert.tobytes() == undisturbed.state.expert.tobytes()
     assert last.state.gate.tobytes() == undisturbed.state.gate.tobytes()
-    assert [c.round.round for c in last.store.rounds()] == list(range(1, 7))
+    assert [c.round.round for c in last.store.rounds.all()] == list(range(1, 7))
 
 
 def of_a_poisoned_candidate(state: State) -> float:
@@ -94,10 +95,10 @@ def test_a_server_killed_at_any_step_of_a_rejection_goes_on_with_the_last_good_g
     while not undisturbed.of(Stop):
         undisturbed.answers(ABC, nll=of_a_poisoned_candidate(undisturbed.state))
     assert last.state.expert.tobytes() == undisturbed.state.expert.tobytes()
-    rejected = [closed.round.stage for closed in last.store.rounds() if closed.rejected]
+    rejected = [closed.round.stage for closed in last.store.rounds.all() if closed.rejected]
     assert rejected == 2 * [Stage.GLOBAL, Stage.CANARY]  # the canaries reject the head of sums, so stage 1 is repeated
     again = list(replay_rounds(last.store, last.plan))
-    assert again[:-1] == [closed.round for closed in last.store.rounds()]
+    assert again[:-1] == [closed.round for closed in last.store.rounds.all()]
 
 
 def test_a_finished_run_that_is_rolled_back_goes_on_and_can_be_killed_and_replayed(vit: Built, folder: Path) -> None:
@@ -107,7 +108,7 @@ def test_a_finished_run_that_is_rolled_back_goes_on_and_can_be_killed_and_replay
             KeptExperts(folder).write(2, server.state.expert)
             expert = server.state.expert.tobytes()
     assert last.state.expert.tobytes() != expert
-    sha256 = KeptExperts(folder).copy(2, last.store.tensors)
+    sha256 = KeptExperts(folder).copy(2, last.store.blobs.folder)
     event = OperatorActed(Operation(action=Action.ROLLBACK, round=2, sha256=sha256))
     last.now += 1.0
     state, _ = advance(last.plan, last.state, event, last.now)
@@ -121,13 +122,13 @@ def test_a_finished_run_that_is_rolled_back_goes_on_and_can_be_killed_and_replay
             again.feed(each)
     assert again.state.expert.tobytes() == expert
     replayed = {announced.round: announced for announced in replay_rounds(again.store, again.plan)}
-    assert [replayed[closed.round.round] for closed in again.store.rounds()] == [
-        closed.round for closed in again.store.rounds()
+    assert [replayed[closed.round.round] for closed in again.store.rounds.all()] == [
+        closed.round for closed in again.store.rounds.all()
     ]
 
 
 def test_the_disk_holds_only_what_the_present_round_needs(vit: Built, folder: Path) -> None:
-    most = max(len(list(server.store.tensors.iterdir())) for server in run_to_its_end(opened(vit, folder)))
+    most = max(len(list(server.store.blobs.folder.iterdir())) for server in run_to_its_end(opened(vit, folder)))
     assert most == 1 + len(ABC)  # the checkpoint and the round's updates
 
 
@@ -135,7 +136,7 @@ def test_a_replay_of_an_audited_run_is_bit_identical(vit: Built, folder: Path) -
     for server in run_to_its_end(opened(vit, folder, audit=True)):
         last = server
     again = list(replay_rounds(last.store, last.plan))
-    assert again[:-1] == [closed.round for closed in last.store.rounds()]
+    assert again[:-1] == [closed.round for closed in last.store.rounds.all()]
     assert again[-1] == last.state.announced
     assert again[-1].stage is Stage.FINISHED
 
@@ -151,25 +152,25 @@ def test_an_audited_run_keeps_only_its_latest_rounds_and_replays_them(vit: Built
     whole = dict.fromkeys(("events", "tensors"), 0)
     for server in run_to_its_end(opened(vit, folder, audit=True, keep_rounds=2)):
         last = server
-        whole["tensors"] = max(whole["tensors"], len(list(server.store.tensors.iterdir())))
+        whole["tensors"] = max(whole["tensors"], len(list(server.store.blobs.folder.iterdir())))
     assert whole["tensors"] <= 3 + 3 * len(ABC)  # three checkpoints, and the updates of two rounds and the present one
     again = list(replay_rounds(last.store, last.plan))
     assert [announced.round for announced in again] == [6, 7]
-    assert again[:-1] == [closed.round for closed in last.store.rounds()][-1:]
+    assert again[:-1] == [closed.round for closed in last.store.rounds.all()][-1:]
     assert again[-1] == last.state.announced
-    assert [closed.round.round for closed in last.store.rounds()] == [5, 6]
+    assert [closed.round.round for closed in last.store.rounds.all()] == [5, 6]
 
 
 def test_records_of_old_rounds_have_no_values_of_single_devices(
     vit: Built, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_store, "DETAILS", 2 * len(ABC))  # of two rounds
+    monkeypatch.setattr(round_records, "DETAILS", 2 * len(ABC))  # of two rounds
     for server in run_to_its_end(opened(vit, folder, devices=len(ABC))):
         last = server
-    closed = last.store.rounds()
+    closed = last.store.rounds.all()
     assert [bool(record.updates and record.bytes_up) for record in closed] == [False] * 4 + [True] * 2
     assert [record.round.round for record in closed] == list(range(1, 7))
-    counts, rounds = last.store.participation()
+    counts, rounds = last.store.rounds.participation()
     assert counts == dict.fromkeys(ABC, rounds)
 
 
@@ -177,23 +178,24 @@ def test_ten_thousand_rounds_of_a_thousand_devices_fit_on_a_small_disk(
     vit: Built, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two detailed rounds stand for the 500 that are kept; the others have one size, whatever the devices."""
-    names, detailed = tuple(f"device-{index:04}" for index in range(1000)), run_store.DETAILS // 1000
-    monkeypatch.setattr(run_store, "DETAILS", 2 * len(names))
+    names, detailed = tuple(f"device-{index:04}" for index in range(1000)), round_records.DETAILS // 1000
+    monkeypatch.setattr(round_records, "DETAILS", 2 * len(names))
     server = opened(vit, folder, devices=len(names))
     metrics = dict.fromkeys(("loss", "held_out_global", "held_out_mofm", "held_out_local", "gate_entropy"), 0.12345678)
     run, round_ = CoordinatorRun(server.plan), announced_round(Stage.GLOBAL, chosen=names)
     update = make_update(run.plan, round_, names[0], samples=100, metrics=metrics).update
-    updates, missing = {name: update.model_copy(update={"device": name}) for name in names}, names[:500]
+    updates = {name: update.model_copy(update={"device": name}) for name in names}
+    missing = tuple(f"absent-{index:04}" for index in range(500))
     for number in range(1, 6):
         closed = round_.model_copy(update={"round": number})
         record = ClosedRound(
             round=closed, seconds=60.0, updates=updates, bytes_up=dict.fromkeys(names, 50_000), missing=missing
         )
         server.store.commit([], [record])
-    sizes = [len(record.model_dump_json()) for record in server.store.rounds()]
+    sizes = [len(record.model_dump_json()) for record in server.store.rounds.all()]
     assert len(set(sizes[:3])) == 1 and sizes[0] < 2000 < sizes[3] == sizes[4]
     assert 10_000 * sizes[0] + detailed * sizes[4] < 300e6  # bytes
-    assert server.store.closed_counts() == {(Stage.GLOBAL, False): 5}
+    assert server.store.rounds.counts() == {(Stage.GLOBAL, False): 5}
 
 
 def test_a_run_without_an_audit_cannot_be_replayed(vit: Built, folder: Path) -> None:
@@ -235,7 +237,7 @@ def test_refusals_are_added_up(vit: Built, folder: Path) -> None:
     store = opened(vit, folder).store
     store.commit([], refusals={("a", "late"): (2, "round 1"), ("b", "tensors"): (1, "nan")})
     store.commit([], refusals={("a", "late"): (3, "round 2")})
-    assert [(r.device, r.kind, r.count, r.last) for r in store.refusals()] == [
+    assert [(r.device, r.kind, r.count, r.last) for r in store.refusals.all()] == [
         ("a", "late", 5, "round 2"),
         ("b", "tensors", 1, "nan"),
     ]
@@ -246,9 +248,9 @@ def test_refusals_are_added_up(vit: Built, folder: Path) -> None:
 
 def test_only_one_server_works_in_a_folder(vit: Built, folder: Path) -> None:
     first, second = opened(vit, folder).store, RunStore(folder)
-    with first.locked(), pytest.raises(RunError, match="another server runs in"), second.locked():
+    with first.files.locked(), pytest.raises(RunError, match="another server runs in"), second.files.locked():
         pass
-    with second.locked():
+    with second.files.locked():
         pass
 
 
@@ -285,7 +287,7 @@ def test_a_missing_or_altered_update_is_named(vit: Built, folder: Path) -> None:
         server.feed(event)
     update = make_update(server.plan, server.state.announced, "a")
     server.feed(update)
-    path = server.store.tensors / update.sha256
+    path = server.store.blobs.folder / update.sha256
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     with pytest.raises(RunError, match=f"{update.sha256} was altered"):
@@ -304,7 +306,7 @@ def test_without_a_free_descriptor_an_update_is_not_called_missing(vit: Built, f
     resource.setrlimit(resource.RLIMIT_NOFILE, (taken, hard))
     try:
         with pytest.raises(OSError, match="Too many open files"):
-            server.store.read("0" * 64)
+            server.store.blobs.read("0" * 64)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         os.close(taken)
@@ -325,8 +327,8 @@ def test_a_folder_without_a_valid_run_is_refused(tmp_path: Path) -> None:
 def test_a_run_of_an_earlier_version_is_refused(vit: Built, folder: Path) -> None:
     open_run(folder, plan_for(vit).config, vit.bundle).close()
     with sqlite3.connect(folder / DATABASE) as db:
-        db.execute("ALTER TABLE rounds DROP COLUMN summary")
-    with pytest.raises(RunError, match="is it a run of this version"):
+        db.execute("PRAGMA user_version = 1")
+    with pytest.raises(RunError, match=r"another version \(format 1, .* start a new run with another --out"):
         RunStore(folder)
 
 

@@ -32,11 +32,11 @@ from edge_runtime.labelling.queue import Queue, version_of
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.model import save_personal_model
 from edge_runtime.training.stored_model import read_personal_model
-from fedfmsl.algorithms.calibration import UNKNOWN
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.common.files import write_atomically
 from fedfmsl.common.folder_walk import FileVersion
 from fedfmsl.errors import BundleError, ConfigError, InputError
+from fedfmsl.protocol.class_names import UNKNOWN
 from fedfmsl.protocol.messages import Prediction, Stage
 
 OLD = time.time() - 3600

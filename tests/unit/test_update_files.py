@@ -13,7 +13,8 @@ from fedfmsl.errors import RunError
 from fedfmsl.protocol.tensors import blob_hash, pack
 from trainer_server.coordinator.events import ClockTicked, StatusSeen, UpdateSeen
 from trainer_server.service.lifecycle import open_run
-from trainer_server.storage.run_store import LoggedEvent, RunStore
+from trainer_server.storage.event_rows import LoggedEvent
+from trainer_server.storage.run_store import RunStore
 from trainer_server.storage.update_files import Place, UpdateFiles
 
 BLOBS = [np.random.default_rng(seed).bytes(5 + 1000 * seed) for seed in range(4)]
@@ -43,7 +44,7 @@ def test_blobs_are_read_as_they_were_written_and_a_new_file_begins_after_a_check
 
 def accepted(store: RunStore, run: CoordinatorRun, names: str) -> list[UpdateSeen]:
     updates = [make_update(run.plan, run.announced, name) for name in names]
-    blobs = {seen.sha256: store.updates.append(pack(seen.update, seen.tensors)) for seen in updates}
+    blobs = {seen.sha256: store.blobs.updates.append(pack(seen.update, seen.tensors)) for seen in updates}
     store.commit([LoggedEvent(0.0, seen) for seen in updates], blobs=blobs)
     return updates
 
@@ -53,17 +54,17 @@ def test_the_store_finds_updates_until_a_checkpoint_and_names_an_altered_one(vit
     run.feed(*(StatusSeen(run.status(name)) for name in "abc"), ClockTicked())
     store = open_run(tmp_path / "run", run.plan.config, vit.bundle)
     store.save_checkpoint(run.state, 0.0)
-    orphan = store.updates.append(b"of a batch that was not committed")
+    orphan = store.blobs.updates.append(b"of a batch that was not committed")
     first, *_ = accepted(store, run, "ab")
     again = RunStore(store.folder)
     assert [logged.event for logged in again.events()] and blob_hash(pack(first.update, first.tensors)) == first.sha256
-    assert np.array_equal(again.read(first.sha256)["class_sums"], first.tensors["class_sums"])
-    path = store.tensors / UpdateFiles.name(orphan.file)
+    assert np.array_equal(again.blobs.read(first.sha256)["class_sums"], first.tensors["class_sums"])
+    path = store.blobs.folder / UpdateFiles.name(orphan.file)
     whole = path.read_bytes()
     path.write_bytes(whole[: orphan.size + 200] + b"x" + whole[orphan.size + 201 :])
     with pytest.raises(RunError, match=f"{path.name} was altered"):
-        RunStore(store.folder).read(first.sha256)
+        RunStore(store.folder).blobs.read(first.sha256)
     store.save_checkpoint(run.state, 1.0)
-    assert not path.exists() and len([*store.tensors.iterdir()]) == 1
+    assert not path.exists() and len([*store.blobs.folder.iterdir()]) == 1
     with pytest.raises(RunError, match="cannot be read"):
-        store.read(first.sha256)
+        store.blobs.read(first.sha256)

@@ -26,7 +26,7 @@ from fedfmsl.web.application import application, fragment, page
 from fedfmsl.web.stream import stream
 from trainer_server.console import views
 from trainer_server.console.snapshot import RunReader, Runs, Snapshot
-from trainer_server.coordinator.operator import Action, Operation
+from trainer_server.coordinator.operator import Action, Operation, classes_to_add
 from trainer_server.coordinator.proposals import why_not_new
 from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.operations import Operations
@@ -51,6 +51,7 @@ QUESTIONS = {
     "count. After stage 1, stage 2 begins again.",
     Action.CLASSES: "Add {classes} after the present round? Devices take it up without a restart, and a class is never "
     "removed within a run.",
+    Action.WITHDRAW: "Withdraw {classes}, so that it is not added after the present round?",
     Action.DOWNLOAD: "Download the global expert as a PEFT adapter?",
 }
 Values = Callable[[Request, Snapshot], Mapping[str, Any]]
@@ -271,8 +272,11 @@ async def _action(request: Request) -> Response:
     operation = _operation(form, request.client.host if request.client else "", request.scope.get("operator", ""))
     if operation.action is not Action.DOWNLOAD and snapshot.ended is not None:
         raise HTTPException(409, "The run has ended; nothing can be changed.")
-    if why := why_not_new(operation.classes, snapshot.classes, _pending(snapshot)):
+    pending = classes_to_add(snapshot.server.adds if snapshot.server else (), snapshot.waiting)
+    if operation.action is Action.CLASSES and (why := why_not_new(operation.classes, snapshot.classes, pending)):
         raise HTTPException(409, f"No class is added: {why}.")
+    if operation.action is Action.WITHDRAW and not {*operation.classes} <= {*pending}:
+        raise HTTPException(409, "This class does not wait to be added any more.")
     if request.method == "GET":
         return page(
             request,
@@ -304,17 +308,11 @@ def _operation(form: Mapping[str, str], by: str, name: str) -> Operation:
         raise HTTPException(400, "This is no action, or one of its values is not possible.") from error
     if operation.action in (Action.EXCLUDE, Action.INCLUDE) and not operation.device:
         raise HTTPException(400, "Name a device.")
-    if operation.action is Action.CLASSES and not operation.classes:
+    if operation.action in (Action.CLASSES, Action.WITHDRAW) and not operation.classes:
         raise HTTPException(400, "Name a class.")
     if operation.action is Action.DEADLINE and operation.seconds < 1:
         raise HTTPException(400, "A round lasts at least a second.")
     return operation
-
-
-def _pending(snapshot: Snapshot) -> list[str]:
-    """The classes that are added after the present round, also those that the server has not read yet."""
-    adds = snapshot.server.adds if snapshot.server else ()
-    return [*adds, *(name for operation in snapshot.waiting for name in operation.classes)]
 
 
 def _archive(snapshot: Snapshot) -> IO[bytes]:

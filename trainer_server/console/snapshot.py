@@ -23,7 +23,8 @@ from trainer_server.storage.checkpoint import Checkpoint
 from trainer_server.storage.observations import DeviceView, ServerView, read_observations
 from trainer_server.storage.operations import Operations
 from trainer_server.storage.origin import Origin
-from trainer_server.storage.run_store import DATABASE, RefusalCount, RunStore
+from trainer_server.storage.refusal_counts import RefusalCount
+from trainer_server.storage.run_store import DATABASE, RunStore
 
 BUSY_SECONDS = 2.0
 FRESH_SECONDS = 0.2  # between two looks at a folder
@@ -34,7 +35,7 @@ SILENT_SECONDS = 15.0  # after which a server has stopped, or is busy
 @dataclass(frozen=True)
 class Snapshot:
     """A run at one moment. `left_out`, `silent`: by device, until which round; the latter of secure sums only.
-    `took_part`: by device, in how many of the `trained` training rounds. `counts`: see `RunStore.closed_counts`.
+    `took_part`: by device, in how many of the `trained` training rounds. `counts`: see `RoundRecords.counts`.
     `waiting`: actions that the server has not carried out. `outage`: since when and why the server has no connection
     to the broker. `classes`: of the present session; none if they cannot be read."""
 
@@ -107,7 +108,7 @@ class RunReader:
     def record(self, number: int) -> ClosedRound | None:
         """None if the round is not closed. Raises RunError if the run cannot be read now."""
         with closing(self._store()) as store:
-            return store.record(number)
+            return store.rounds.one(number)
 
     def _store(self) -> RunStore:
         return RunStore(self.folder, BUSY_SECONDS)
@@ -139,11 +140,11 @@ class RunReader:
             point = self._checkpoint
             announced = point.announced if point else None
             refusals: dict[str, list[RefusalCount]] = {}
-            for count in store.refusals():
+            for count in store.refusals.all():
                 refusals.setdefault(count.device, []).append(count)
             newest = last.closed[-1][0].round if last.closed else 0
-            closed = store.summaries(after=newest)
-            took_part, trained = store.participation(newest, closed[-1][0].round) if closed else ({}, 0)
+            closed = store.rounds.summaries(after=newest)
+            took_part, trained = store.rounds.participation(newest, closed[-1][0].round) if closed else ({}, 0)
             devices = {status.device: DeviceView(status=status) for status in point.devices} if point else {}
             snapshot = Snapshot(
                 key=self.key,
@@ -163,12 +164,12 @@ class RunReader:
                 },
                 devices=devices | dict(last.devices) | changed,
                 closed=[*last.closed, *closed][-store.origin.config.keep_rounds :],
-                counts=store.closed_counts() if store.origin.config.privacy else {},
+                counts=store.rounds.counts() if store.origin.config.privacy else {},
                 took_part=Counter(last.took_part) + Counter(took_part),
                 trained=last.trained + trained,
                 refusals=refusals,
                 waiting=[operation for _, operation in Operations(self.folder).waiting() if operation],
-                outage=store.outage(),
+                outage=store.files.outage(),
                 classes=last.classes or _classes(store),
             )
         if server is not None:

@@ -61,8 +61,8 @@ from trainer_server.coordinator.round_update import (
 )
 from trainer_server.coordinator.secure_sums import MAX_REPEATS, asked_devices, secure_level, shortage
 from trainer_server.coordinator.selection import announced_as, at_most, eligible_devices, select_devices
-from trainer_server.coordinator.sessions import ending, unprepared, why_no_classes
-from trainer_server.coordinator.state import SUMS, TRAINING, Part, Plan, State, Step, after_hold
+from trainer_server.coordinator.sessions import ending, prepares, why_no_classes, why_not_withdrawn
+from trainer_server.coordinator.state import SUMS, TRAINING, Part, Plan, State, Step, after_hold, with_counted
 from trainer_server.coordinator.waiting import fewest_updates, is_short, must_wait, needed_updates, reason, remedy
 
 RAISE_TIMEOUT = "If this repeats, stop the server and resume with a longer --round-timeout"
@@ -116,6 +116,8 @@ def _why_not(plan: Plan, state: State, operation: Operation) -> str:
     """Why an action of the operator is not possible, or "". Others are checked when they are carried out."""
     if operation.action is Action.ROLLBACK:
         return why_no_rollback(plan, state)
+    if operation.action is Action.WITHDRAW:
+        return why_not_withdrawn(plan, state, operation.classes)
     return why_no_classes(plan, state, operation.classes) if operation.action is Action.CLASSES else ""
 
 
@@ -153,7 +155,7 @@ def _maybe_start(plan: Plan, state: State, wall: float, now: float) -> tuple[Sta
         return state, commands
     timed_out, least = now >= next_deadline(plan, state), state.limits.min_updates
     wanted = plan.config.devices if state.round == 0 else least
-    if (len(state.devices) < wanted or unprepared(plan, state)) and not timed_out:
+    if (len(state.devices) < wanted or prepares(plan, state)) and not timed_out:
         return state, []
     if state.standing.needs_news and state.standing.lacks(state.limits, map(state.devices.__getitem__, state.ready)):
         return state, []
@@ -233,7 +235,11 @@ def _open_round(
         expected=selected,
         updates=PersistentMap(),
         recent=tuple(closed[len(closed) - config.max_staleness :]) if config.max_staleness else (),
-        counted=frozenset(key for key in (*state.counted, *state.updates) if key[0] >= oldest),
+        counted={
+            round_: devices
+            for round_, devices in with_counted(state.counted, state.updates).items()
+            if round_ >= oldest
+        },
     )
     commands = announce(blobs, announced)
     if step.purpose is Stage.HEAD and starts and (unasked := sorted(suspects(plan, state) - selected)):
@@ -441,7 +447,7 @@ def _record(state: State, closing: Round, now: float, repeated: str, rejected: s
 
     If late updates count, a device may have several: the record has the newest one, and the bytes of all.
     """
-    in_order = [state.updates[key] for key in sorted(state.updates)]
+    in_order = state.in_order
     bytes_up: Counter[str] = Counter()
     for accepted in in_order:
         bytes_up[accepted.update.device] += accepted.size

@@ -6,6 +6,7 @@ exclude, include     a device takes part in no round any more; its update of the
 deadline             --round-timeout from now on
 rollback             to the global expert that an earlier round has made (`trainer_server.coordinator.rollback`)
 classes              are added after the present round (`trainer_server.coordinator.sessions`)
+withdraw             classes that are not added yet
 download             of the global expert; the log has it, and nothing changes
 """
 
@@ -20,7 +21,7 @@ from fedfmsl.common.persistent_map import PersistentMap
 from fedfmsl.protocol.messages import AddedNames, Amount, Message, Name, Number, Sha256, Stage, Text
 from trainer_server.coordinator.candidates import Rollback
 from trainer_server.coordinator.limits import Limits
-from trainer_server.coordinator.state import State, after_hold
+from trainer_server.coordinator.state import State, after_hold, with_counted
 
 
 class Action(str, Enum):
@@ -32,13 +33,15 @@ class Action(str, Enum):
     DEADLINE = "deadline"
     ROLLBACK = "rollback"
     CLASSES = "classes"
+    WITHDRAW = "withdraw"
     DOWNLOAD = "download"
 
 
 class Operation(Message):
     """One action. `round`: the round to close; if it is not the present one any more, nothing happens. Or the round to
     return to; the server adds `sha256`, the blob of its global expert. `device`: to exclude or include. `seconds`: the
-    new deadline. `classes`: to add. `by`: where it comes from. `name`: of the operator, if its certificate tells."""
+    new deadline. `classes`: to add or to withdraw. `by`: where it comes from. `name`: of the operator, if its
+    certificate tells."""
 
     action: Action
     round: Number = 0
@@ -63,6 +66,17 @@ def after_operations(
         elif operation.action is Action.INCLUDE:
             devices.discard(operation.device)
     return paused, frozenset(devices)
+
+
+def classes_to_add(adds: Iterable[str], operations: Iterable[Operation]) -> tuple[str, ...]:
+    """The classes that are added after the present round, once these actions have taken effect too."""
+    names = [*adds]
+    for operation in operations:
+        if operation.action is Action.CLASSES:
+            names += operation.classes
+        elif operation.action is Action.WITHDRAW:
+            names = [name for name in names if name not in operation.classes]
+    return tuple(names)
 
 
 def after_operation(limits: Limits, operation: Operation) -> Limits:
@@ -105,13 +119,13 @@ def _exclude(state: State, operation: Operation, now: float) -> tuple[State, str
         return state, f"{device} has not announced itself, so it cannot be excluded"
     if device in state.excluded:
         return state, f"{device} is already excluded"
-    own = frozenset(key for key in state.updates if key[1] == device)
+    own = {key for key in state.updates if key[1] == device}
     excluded = replace(
         state,
         excluded=state.excluded | {device},
         expected=state.expected - {device},
         updates=PersistentMap({key: accepted for key, accepted in state.updates.items() if key not in own}),
-        counted=state.counted | own,
+        counted=with_counted(state.counted, own),
     )
     return excluded, f"{device} is excluded from this run; its updates are refused"
 
@@ -147,6 +161,13 @@ def _classes(state: State, operation: Operation, now: float) -> tuple[State, str
     return replace(state, approved=(*state.approved, *names)), text
 
 
+def _withdraw(state: State, operation: Operation, now: float) -> tuple[State, str]:
+    names = operation.classes
+    left = tuple(name for name in state.approved if name not in names)
+    text = f"{len(names)} {'class is' if len(names) == 1 else 'classes are'} not added: {', '.join(names)}"
+    return replace(state, approved=left), text
+
+
 def _when(state: State, run: str) -> str:
     """When an action takes effect."""
     if state.paused_at is not None:
@@ -168,5 +189,6 @@ _ACTS: dict[Action, Callable[[State, Operation, float], tuple[State, str]]] = {
     Action.DEADLINE: _deadline,
     Action.ROLLBACK: _rollback,
     Action.CLASSES: _classes,
+    Action.WITHDRAW: _withdraw,
     Action.DOWNLOAD: _download,
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fedfmsl.protocol.messages import DeviceStatus
 from trainer_server.coordinator.events import Command, StatusSeen
 from trainer_server.coordinator.state import State
-from trainer_server.storage.run_store import LoggedEvent
+from trainer_server.storage.event_rows import LoggedEvent
 from trainer_server.storage.update_files import Place
 
 # By device: its latest status that changed the state. An offline status follows the latest online one, because only the

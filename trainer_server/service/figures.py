@@ -39,7 +39,7 @@ class Figures:
     @classmethod
     def of_run(cls, store: RunStore) -> Figures:
         origin = store.origin
-        return cls(NoisedRounds.of(store.closed_counts() if origin.config.privacy else {}, origin.spent_before))
+        return cls(NoisedRounds.of(store.rounds.counts() if origin.config.privacy else {}, origin.spent_before))
 
     def closed(self, record: ClosedRound, seconds: float) -> None:
         """`seconds`: how long the closing took."""

@@ -30,10 +30,13 @@ from trainer_server.coordinator.state import CheckKeys, Plan, State, initial_sta
 from trainer_server.service.figures import Figures
 from trainer_server.service.loop import Service
 from trainer_server.service.run_log import LOG_BYTES, log_to_folder
+from trainer_server.service.same_name import require_own_run
 from trainer_server.service.start_from import read_start
 from trainer_server.service.stored import differing_settings, in_force, without_ignored
+from trainer_server.storage.event_rows import LoggedEvent
 from trainer_server.storage.origin import Origin
-from trainer_server.storage.run_store import DATABASE, LoggedEvent, RunStore, require_folder
+from trainer_server.storage.run_status import limits_in_force
+from trainer_server.storage.run_store import DATABASE, RunStore, require_folder
 from trainer_server.tracking.tracker import Tracker
 
 logger = logging.getLogger(__name__)
@@ -85,7 +88,7 @@ def open_run(folder: Path, config: RunConfig, bundle: TaskBundle, source: Path |
             f"{folder} holds run {origin.config.run!r} with another task ({describe_classes(store.task().classes)}); "
             f"resume it with python -m trainer_server resume --out {folder}, or choose another --out"
         )
-    now = in_force(origin.config, store.limits())
+    now = in_force(origin.config, limits_in_force(store))
     config, warning = without_ignored(origin.config, now, config)
     if config != now:
         differences, changes = differing_settings(now, config)
@@ -134,13 +137,18 @@ def run_server(
     the wall, in unix seconds, which decides when the run rests.
 
     Raises ConfigError if the run cannot have these limits or the metrics cannot be served, RunError if the run failed,
-    another server runs in its folder, or a newer server took over.
+    another server runs in its folder, another run has its name, or a newer server took over.
     """
+
+    def connection(will: Will | None = None) -> Link:
+        # a client id of its own: amqtt would not tell the older one of two servers with one client id
+        client_id = topics.client_id("server", secrets.token_hex(8))
+        return Link(broker, client_id, will, identity=identity, insecure=insecure, keepalive=keepalive)
 
     def opened(bundle: TaskBundle, changes: Mapping[str, Any] = NO_CHANGES) -> Service:
         """The service of the present session."""
         # a file of a crashed server in this folder is removed with the next checkpoint
-        plan = replace(make_plan(store, bundle), scratch=store.tensors)
+        plan = replace(make_plan(store, bundle), scratch=store.blobs.folder)
         state, at = restore_state(store, plan)
         plan = replace(plan, check_keys=_key_check(identity))
         state = change_limits(store, plan, state, at, changes)
@@ -150,20 +158,20 @@ def run_server(
             online=True,
             run=plan.config.run,
             session=plan.session,
+            first_session=store.origin.first.session,
+            instance=secrets.token_hex(8),
             bundle=bundle.sha256,
             task=bundle.task.sha256,
             bundle_url=bundle_url,
             model=bundle.manifest.model,
         )
         offline = status.model_copy(update={"online": False})
-        topics = Topics(plan.config.run, topic_prefix)
-        will = Will(topics.server_status, encode(offline))
-        # a client id of its own: amqtt would not tell the older one of two servers with one client id
-        client_id = topics.client_id("server", secrets.token_hex(8))
-        link = Link(broker, client_id, will, identity=identity, insecure=insecure, keepalive=keepalive)
+        link = connection(Will(topics.server_status, encode(offline)))
         return Service(plan, state, at, store, link, status, topics, figures, flooding, allowed, wall)
 
-    with store.locked(), log_to_folder(store.folder, log_bytes):
+    topics = Topics(store.origin.config.run, topic_prefix)
+    with store.files.locked(), log_to_folder(store.folder, log_bytes):
+        require_own_run(connection(), topics, store.origin.first.session)
         figures, flooding = Figures.of_run(store), set[str]()
         service = opened(bundle, changes)
         if metrics:
@@ -209,7 +217,7 @@ def change_limits(store: RunStore, plan: Plan, state: State, at: float, changes:
 
 
 def make_plan(store: RunStore, bundle: TaskBundle) -> Plan:
-    return Plan(store.origin.session_config, bundle, store.origin.session, store.read, warm=store.warm_start())
+    return Plan(store.origin.session_config, bundle, store.origin.session, store.blobs.read, warm=store.warm_start())
 
 
 def restore_state(store: RunStore, plan: Plan) -> tuple[State, float]:

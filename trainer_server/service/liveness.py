@@ -34,7 +34,7 @@ class Liveness:
         self._deaf = 0.0  # seconds without a connection, or without a look at the messages
         self._since = math.inf  # when the connection was lost
         self._looked = math.inf  # when `lost` was called last
-        self._next_look = 0.0
+        self._next_look = self._next_forget = 0.0
 
     def connected(self, online: Iterable[str], now: float) -> None:
         """This server has connected and publishes its status, which the `online` devices answer."""
@@ -42,6 +42,7 @@ class Liveness:
         self._since, self._looked = math.inf, now
         due = self._heard(now) + self._answer
         self._due |= {device: min(self._due.get(device, due), due) for device in online}
+        self._next_look = 0.0
 
     def disconnected(self, now: float) -> None:
         """This server has lost its connection, so it hears from no device, and loses none."""
@@ -49,11 +50,16 @@ class Liveness:
 
     def status(self, status: DeviceStatus, retained: bool, now: float) -> StatusSeen | None:
         """The event of a received status; None if it does not show that its device is alive."""
-        if status.device in self._statuses or len(self._statuses) < self._devices:
-            self._statuses[status.device] = status
+        device, heard = status.device, self._heard(now)
+        if device not in self._statuses and len(self._statuses) >= self._devices:
+            self._forget_silent(now)
+        if device in self._statuses or len(self._statuses) < self._devices:
+            self._statuses[device] = status
+            self._due.setdefault(device, heard + self._answer)
         if retained and status.online:
             return None
-        self._due[status.device] = self._heard(now) + self._silence
+        if device in self._due:
+            self._due[device] = heard + self._silence
         return StatusSeen(status)
 
     def message(self, device: str, online: bool, now: float) -> StatusSeen | None:
@@ -81,12 +87,27 @@ class Liveness:
         self._looked = now
         if now < self._next_look:
             return []
-        self._next_look, heard = now + LOOK_SECONDS, self._heard(now)
-        return [
-            StatusSeen(status.model_copy(update={"online": False, "error": SILENT}))
-            for status in online
-            if heard >= self._due.setdefault(status.device, heard + self._silence)
-        ]
+        heard, first = self._heard(now), math.inf
+        silent: list[StatusSeen] = []
+        for status in online:
+            due = self._due.setdefault(status.device, heard + self._silence)
+            if heard < due:
+                first = min(first, due)
+            else:
+                silent.append(StatusSeen(status.model_copy(update={"online": False, "error": SILENT})))
+        # none is lost before: what a device sends only defers it, and one that comes online has all of `silence`
+        self._next_look = now + max(min(first - heard, self._silence), LOOK_SECONDS)
+        return silent
+
+    def _forget_silent(self, now: float) -> None:
+        """Makes room for other names: devices are replaced over the years."""
+        if now < self._next_forget:
+            return
+        self._next_forget, heard = now + LOOK_SECONDS, self._heard(now)
+        for device in [device for device, due in self._due.items() if due < heard]:
+            del self._due[device]
+            self._statuses.pop(device, None)
+            self._at_work.pop(device, None)
 
     def _heard(self, now: float) -> float:
         """The seconds of listening until now."""

@@ -62,11 +62,12 @@ from trainer_server.service.publisher import Publisher
 from trainer_server.service.refusals import Refusals
 from trainer_server.service.rest import Rest
 from trainer_server.service.run_log import log_participation, log_round, log_stragglers
+from trainer_server.storage.event_rows import LoggedEvent
 from trainer_server.storage.expert_folder import last_result
 from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.observations import Acted, Observations, ServerView
 from trainer_server.storage.operations import Operations
-from trainer_server.storage.run_store import LoggedEvent, RunStore
+from trainer_server.storage.run_store import RunStore
 from trainer_server.storage.uploads import Upload, Uploads
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class Service:
         self._uploads = Uploads(store.folder / "uploads", blob_bytes(plan.largest_update))
         self._decoder = Decoder(self._topics, self._uploads)
         self._publisher = Publisher(link, self._topics, status)
-        self._guard = DuplicateServerGuard(plan.session)
+        self._guard = DuplicateServerGuard(status.instance)
         self._liveness = Liveness(plan.config.most_devices)
         self._floods = FloodGuard(blob_bytes(plan.largest_update), plan.config.most_devices, flooding)
         self._sweeper = Sweeper(link, topics, flooding)
@@ -172,7 +173,8 @@ class Service:
             if self._next_begins:  # its server is online at once
                 self._publisher.delete_globals()
             elif not self._guard.superseded:  # else the retained status is the newer server's
-                self._publisher.publish_status(online=False)
+                begun = self._state.announced is not None or self._state.round > 0
+                self._publisher.publish_status(online=False, ended=self._store.ended is not None or not begun)
             self._link.close(self._publisher.last)
         if not self._next_begins and self._store.ended != FINISHED:
             raise RunError(self._store.ended)
@@ -314,7 +316,7 @@ class Service:
             self._floods.counted(event.update.device, event.size)
             batch.updates.append(LoggedEvent(batch.now, replace(event, tensors={})))
             if upload is not None:
-                batch.blobs[upload.sha256] = self._store.updates.append(upload.blob)
+                batch.blobs[upload.sha256] = self._store.blobs.updates.append(upload.blob)
 
     def _store_batch(self, batch: Batch) -> None:
         if batch.updates:
@@ -323,7 +325,7 @@ class Service:
         else:
             self._statuses = batch.statuses
         if batch.state.announced is None and batch.now >= self._next_joined and batch.state.online != self._joined:
-            self._store.save_joined(batch.state.online)
+            self._store.files.save_joined(batch.state.online)
             self._joined, self._next_joined = batch.state.online, batch.now + JOINED_SECONDS
 
     def _receive_server_status(self, payload: bytes) -> None:
@@ -337,8 +339,8 @@ class Service:
             self._publisher.publish_status(online=True)
         if self._guard.superseded:
             raise RunError(
-                f"another server was started for run {self._plan.config.run!r} and took over; "
-                "stop one of them, or start it with another --run"
+                f"another server was started for run {self._plan.config.run!r} and took over, from a copy of its "
+                "folder or at the same time; stop one of them, or start it with another --run"
             )
 
     def _obey(self) -> None:
@@ -389,7 +391,7 @@ class Service:
         """A rollback with the global expert that it needs, so that a replay finds it. Raises OSError."""
         if operation.action is not Action.ROLLBACK:
             return operation
-        return operation.model_copy(update={"sha256": self._kept.copy(operation.round, self._store.tensors)})
+        return operation.model_copy(update={"sha256": self._kept.copy(operation.round, self._store.blobs.folder)})
 
     def _keep_expert(self) -> None:
         """Keeps the present global expert for a rollback, if it is a new one. A failure is logged."""
@@ -493,7 +495,7 @@ class Service:
         elif isinstance(command, Log):
             logger.log(logging.WARNING if command.warning else logging.INFO, command.text)
         elif isinstance(command, Stop) and not command.error:
-            log_participation(self._plan.config, self._state.devices, *self._store.participation())
+            log_participation(self._plan.config, self._state.devices, *self._store.rounds.participation())
 
     def _publish_state(self) -> None:
         """Publishes status and round at every connection, because the broker may have lost its retained messages."""
@@ -513,13 +515,13 @@ class Service:
             if is_soon:
                 logger.warning("the certificate of the %s is valid %s", name, text)
         with contextlib.suppress(OSError):  # a full disk
-            self._store.save_certificates(until)
+            self._store.files.save_certificates(until)
 
     def _save_outage(self) -> None:
         outage = (self._link.outage.since, self._link.outage.reason)
         if outage != self._outage:
             with contextlib.suppress(OSError):  # a full disk is logged when an event cannot be stored
-                self._store.save_outage(*outage)
+                self._store.files.save_outage(*outage)
                 self._outage = outage
 
     def _sender(self, topic: str) -> str:

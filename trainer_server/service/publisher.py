@@ -29,8 +29,8 @@ class Publisher:
         """Publishes every blob again when it is needed, because the broker may have lost its retained messages."""
         self._retained = {}
 
-    def publish_status(self, online: bool) -> None:
-        status = self._status.model_copy(update={"online": online})
+    def publish_status(self, online: bool, ended: bool = False) -> None:
+        status = self._status.model_copy(update={"online": online, "ended": ended})
         self._publish(self._topics.server_status, encode(status), retain=True)
 
     def publish_globals(self, sha256: str, blob: bytes) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 
 from fedfmsl.errors import BrokerError, MessageError, RunError
-from fedfmsl.protocol.messages import ServerStatus, parse
+from fedfmsl.protocol.messages import ServerStatus, encode, parse
 from fedfmsl.protocol.topics import Topics, discovery_topic
 from fedfmsl.transport.link import Disconnected, Link, LinkEvent, Received
 
@@ -28,8 +27,9 @@ def purge(
     """Deletes the run's retained messages, on topics of the protocol only, and those that announce its devices below
     the prefix `home_assistant` ("": none). Returns their number. The broker has `echo_seconds` to deliver them.
 
-    A broker with one connection per identity ends the server's connection for this client, if both have the server's
-    identity, and says that the server is offline. So a server that has been there has `server_seconds` to come back.
+    The broker may say that the server is online although both have lost power, or that it is offline: with one
+    connection per identity it ends the server's connection for this client, if both have the server's identity. So a
+    server that has been there has `server_seconds` to say that it is online.
 
     Raises BrokerError if the broker cannot be reached or does not allow it. Raises RunError if the run's server is
     online, or another process publishes the messages again.
@@ -41,11 +41,11 @@ def purge(
     removed: set[str] = set()
     try:
         for _ in range(PASSES):
-            found = _retained(link, topics, filters, echo_seconds)
+            found, status = _retained(link, topics, filters, echo_seconds)
             if not found:
                 return len(removed)
-            if not removed and topics.server_status in found:
-                _wait_for_server(link, topics, server_seconds)
+            if not removed and status is not None:
+                _wait_for_server(link, topics, status, server_seconds)
             for topic in found:
                 link.publish(topic, b"", retain=True)
             removed |= found
@@ -61,13 +61,16 @@ def _echo_topic(topics: Topics, token: str) -> str:
     return f"{topics.root}/purge/{token}"
 
 
-def _retained(link: Link, topics: Topics, filters: Sequence[str], echo_seconds: float) -> set[str]:
-    """The topics with a retained message. Raises BrokerError and RunError as `purge` does."""
+def _retained(
+    link: Link, topics: Topics, filters: Sequence[str], echo_seconds: float
+) -> tuple[set[str], ServerStatus | None]:
+    """The topics with a retained message, and the server's status. Raises BrokerError as `purge` does."""
     for each in filters:
         link.subscribe(each)
     echo = _echo_topic(topics, secrets.token_hex(8))
     link.publish(echo, b"echo")
     found: set[str] = set()
+    status: ServerStatus | None = None
     returned, deadline = False, time.monotonic() + echo_seconds
     while (event := _next_event(link, QUIET_SECONDS)) is not None or not returned:
         if time.monotonic() > deadline:
@@ -80,7 +83,7 @@ def _retained(link: Link, topics: Topics, filters: Sequence[str], echo_seconds: 
             returned = True
             continue
         if event.topic == topics.server_status:
-            _require_offline(event.payload, topics.run)
+            status = _server_status(event.payload)
         if topics.has(event.topic) or not event.topic.startswith(f"{topics.root}/"):
             found.add(event.topic)
     if not returned:
@@ -90,17 +93,21 @@ def _retained(link: Link, topics: Topics, filters: Sequence[str], echo_seconds: 
         )
     for each in filters:
         link.unsubscribe(each)
-    return found
+    return found, status
 
 
-def _wait_for_server(link: Link, topics: Topics, seconds: float) -> None:
-    """Raises RunError if the server comes online, BrokerError if its connection ends this client's."""
+def _wait_for_server(link: Link, topics: Topics, status: ServerStatus, seconds: float) -> None:
+    """Raises RunError if the server is online, BrokerError if its connection ends this client's. A server answers the
+    message that it is offline."""
+    link.publish(topics.server_status, encode(status.model_copy(update={"online": False})), retain=True)
     link.subscribe(topics.server_status)
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         event = _next_event(link, left)
         if isinstance(event, Received) and event.topic == topics.server_status:
-            _require_offline(event.payload, topics.run)
+            now = _server_status(event.payload)
+            if now is not None and now.online:
+                raise RunError(f"the server of run {topics.run!r} is online; stop it, then repeat the command")
 
 
 def _next_event(link: Link, timeout: float) -> LinkEvent | None:
@@ -113,7 +120,9 @@ def _next_event(link: Link, timeout: float) -> LinkEvent | None:
     return event
 
 
-def _require_offline(payload: bytes, run: str) -> None:
-    with suppress(MessageError):
-        if parse(ServerStatus, payload).online:
-            raise RunError(f"the server of run {run!r} is online; stop it, then repeat the command")
+def _server_status(payload: bytes) -> ServerStatus | None:
+    """None if it is not a server's."""
+    try:
+        return parse(ServerStatus, payload)
+    except MessageError:
+        return None

@@ -64,7 +64,7 @@ def _of_run(source: Path, bundle: TaskBundle, config: RunConfig) -> Start:
             warm,
             run=store.origin.config.run,
             session=store.origin.session,
-            round=max((record.round for record, _ in store.summaries()), default=0),
+            round=max((record.round for record, _ in store.rounds.summaries()), default=0),
             mu_squared=_spent(store, announced is not None and bool(store.pending_updates())),
         )
     finally:
@@ -76,7 +76,7 @@ def _spent(store: RunStore, is_answered: bool) -> dict[str, float] | None:
     origin, checkpoint = store.origin, store.checkpoint()
     if origin.config.privacy is None or (origin.start is not None and origin.start.mu_squared is None):
         return None
-    closed = NoisedRounds.of(store.closed_counts(), origin.spent_before)
+    closed = NoisedRounds.of(store.rounds.counts(), origin.spent_before)
     return spent_mu_squared(origin.config, closed, checkpoint[0].announced if checkpoint else None, is_answered)
 
 

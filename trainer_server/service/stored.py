@@ -11,6 +11,7 @@ from fedfmsl.common.settings import flag_of, load_toml
 from fedfmsl.errors import ConfigError
 from trainer_server.config import RunConfig, RunRules
 from trainer_server.coordinator.limits import Limits
+from trainer_server.storage.run_status import limits_in_force
 from trainer_server.storage.run_store import RunStore
 
 CHANGEABLE = ", ".join(map(flag_of, Limits.model_fields))
@@ -61,7 +62,7 @@ def refuse_changes(store: RunStore, changes: Mapping[str, Any]) -> None:
     """Raises ConfigError if a run that has ended would get other limits."""
     if store.ended is None:
         return
-    limits = dict(store.limits())
+    limits = dict(limits_in_force(store))
     if changed := [f"{flag_of(key)} {_text(value)}" for key, value in changes.items() if value != limits[key]]:
         raise ConfigError(
             f"{', '.join(changed)} cannot change: the run at {store.folder} has ended ({store.ended}); leave them "

@@ -21,9 +21,9 @@ def expert_files(
 
 def last_result(store: RunStore) -> Result | None:
     """The latest accuracy of the global expert that a closed round has."""
-    for summary, _ in reversed(store.summaries()):
+    for summary, _ in reversed(store.rounds.summaries()):
         if {"global", "held_out_global"} & set(summary.means):
-            record = store.record(summary.round)
+            record = store.rounds.one(summary.round)
             if record is not None and (result := result_of(record)):
                 return result
     return None

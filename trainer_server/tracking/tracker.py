@@ -117,7 +117,7 @@ class Tracker:
 
     def _write(self, store: RunStore, spec: str) -> None:
         last = self._tracked().get(spec, 0)
-        closed = store.summaries(after=last)
+        closed = store.rounds.summaries(after=last)
         if not closed:
             return
         if spec not in self._sinks:

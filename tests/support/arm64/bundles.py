@@ -8,7 +8,8 @@ from pathlib import Path
 from export.bundle import build_bundle
 from export.pipeline import write_task
 from export.weights import load_backbone
-from fedfmsl.protocol.bundle import Bundle, Precision
+from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.setting_types import Precision
 from fedfmsl.protocol.task import Task
 from support.samples import CLASSES
 

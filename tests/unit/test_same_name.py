@@ -1,0 +1,53 @@
+"""A server does not take over the devices of another run of the same name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from support.processes import Broker, Processes
+
+from fedfmsl.errors import RunError
+from fedfmsl.protocol.messages import ServerStatus, encode
+from fedfmsl.protocol.topics import Topics
+from fedfmsl.transport.link import Link
+from trainer_server.service.same_name import require_own_run
+
+OWN, OTHER = "own", "other"
+SECONDS = 30.0  # far more than a broker needs
+
+
+@pytest.fixture(scope="module", params=["amqtt", pytest.param("mosquitto", marks=pytest.mark.needs("mosquitto"))])
+def broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    with Processes(tmp_path_factory.mktemp("logs")) as processes:
+        yield processes.start_broker(request.param)
+
+
+@pytest.mark.parametrize(
+    ("first_session", "online", "ended", "refused"),
+    [
+        (OWN, True, False, ""),  # this run's earlier process
+        (OWN, False, False, ""),
+        (OTHER, False, True, ""),
+        (OTHER, True, False, "online"),
+        (OTHER, False, False, "offline"),
+    ],
+)
+def test_another_run_of_the_name_that_has_not_ended_keeps_its_devices(
+    broker: Broker, first_session: str, online: bool, ended: bool, refused: str
+) -> None:
+    topics = Topics("orchard")
+    status = ServerStatus(online=online, run="orchard", session="2", first_session=first_session, ended=ended)
+    publisher = Link(broker.url, "publisher")
+    publisher.connect()
+    publisher.publish(topics.server_status, encode(status), retain=True).wait_for_publish(SECONDS)
+    publisher.close()
+    if refused:
+        with pytest.raises(RunError, match=f"another folder: its server is {refused}.*purge --run orchard"):
+            require_own_run(Link(broker.url, "server"), topics, OWN, SECONDS)
+    else:
+        require_own_run(Link(broker.url, "server"), topics, OWN, SECONDS)
+
+
+def test_a_name_that_is_new_to_the_broker_is_free(broker: Broker) -> None:
+    require_own_run(Link(broker.url, "server"), Topics("new"), OWN, SECONDS)

@@ -1,0 +1,61 @@
+"""Protects the devices of a run from a second run of the same name, which someone starts by mistake.
+
+The broker keeps the status of a run's server. A device follows the newest status, so a second server would take the
+devices over.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+
+from fedfmsl.errors import MessageError, RunError
+from fedfmsl.protocol.messages import ServerStatus, parse
+from fedfmsl.protocol.topics import Topics
+from fedfmsl.transport.link import Link, Received
+
+ANSWER_SECONDS = 3.0  # for the broker to deliver what it keeps
+
+
+def require_own_run(link: Link, topics: Topics, first_session: str, seconds: float = ANSWER_SECONDS) -> None:
+    """Raises RunError if the broker has the status of another run with this name that has not ended. A run is known by
+    its `first_session`. Raises BrokerError if the broker cannot be reached.
+
+    `link` has no last will: on a broker with one connection per identity the other server would take it for the status
+    of a newer server, and leave.
+    """
+    status = _kept_status(link, topics, seconds)
+    if status is None or status.ended or status.first_session in (None, first_session):
+        return
+    server = "is online" if status.online else "is offline"
+    raise RunError(
+        f"run {topics.run!r} exists already, with another folder: its server {server} and its devices wait for it; "
+        "start this run with another --run, or go on with that folder. To give its devices to this run, stop that "
+        f"server and run python -m trainer_server purge --run {topics.run}"
+    )
+
+
+def _kept_status(link: Link, topics: Topics, seconds: float) -> ServerStatus | None:
+    """The retained status of the run's server, if there is one. A message of this process follows it."""
+    token = secrets.token_bytes(16)
+    status: ServerStatus | None = None
+    link.connect()
+    try:
+        link.publish(topics.server_check, token, retain=True, qos=0)
+        link.subscribe(topics.server_status)
+        link.subscribe(topics.server_check)
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            event = link.next_event(left)
+            if not isinstance(event, Received):
+                continue
+            if event.topic == topics.server_check and event.payload == token:
+                break
+            if event.topic == topics.server_status:
+                try:
+                    status = parse(ServerStatus, event.payload)
+                except MessageError:  # not a server's
+                    continue
+    finally:
+        link.close(link.publish(topics.server_check, b"", retain=True))
+    return status
