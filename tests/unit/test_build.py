@@ -389,6 +389,7 @@ def test_what_a_model_cannot_take_is_refused_before_its_weights_are_fetched(
         rank=4,
         precision="fp32",
         ort_training=False,
+        fp16=False,
         prompts=None,
         revision=None,
         out=vit.bundle.root if "precision" in change else tmp_path / "out",
