@@ -132,8 +132,8 @@ class Settings(PredictSettings, LogSettings):
     )
     provider: str = Field(
         "auto",
-        description="Execution provider of ONNX Runtime, like cpu or cuda, or openvino. auto: the fastest one that "
-        "agrees with the CPU, measured at the first start.",
+        description="Execution provider of ONNX Runtime, like cpu or cuda, or openvino; cuda-fp16 for its graphs in "
+        "float16. auto: the fastest one that agrees with the CPU, measured at the first start.",
         json_schema_extra=RESOURCES,
     )
     threads: int = Field(

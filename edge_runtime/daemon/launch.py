@@ -195,6 +195,7 @@ def _runner(daemon: Daemon, prepared: Prepared, control: StepControl) -> RoundRu
         settings.secure,
         settings.max_epsilon,
         settings.rehearse,
+        prepared.provider,
     )
 
 

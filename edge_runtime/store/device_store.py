@@ -23,6 +23,8 @@ STATE/personalized.onnx  the personalized model in one file
 STATE/exported           session and round of that file
 STATE/lock               held by the process that uses this directory
 STATE/plan.json          the measured memory plan
+STATE/provider.json      the execution provider in use, and what the trials found
+STATE/unfinished.json    see `edge_runtime.resources.unfinished`
 STATE/verified.json      see `edge_runtime.store.verified_bundle`
 STATE/health.json        the last health message
 STATE/skipped.txt        files that are not used, and why

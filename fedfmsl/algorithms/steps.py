@@ -31,7 +31,8 @@ class Steps:
         return self.values.size
 
     def norm(self) -> float:
-        squares = [_sum_of_squares(self.values[span]) for span in self.slots()]
+        values = self.values.astype(np.float32)
+        squares = [_sum_of_squares(values[span]) for span in self.slots()]
         return float(np.sqrt((np.square(self.scales) * squares).sum()))
 
     def dense(self) -> Vector:
@@ -59,9 +60,9 @@ def norm_of(values: Values) -> float:
     return values.norm() if isinstance(values, Steps) else l2_norm(values)
 
 
-def _sum_of_squares(steps: NDArray[np.int8]) -> float:
-    """Exact, so that it does not matter in which order BLAS adds."""
-    values = steps.astype(np.float32)
-    whole = values[: values.size // EXACT * EXACT].reshape(-1, 1, EXACT)
-    rest = values[whole.size :]
-    return float((whole @ whole.transpose(0, 2, 1)).sum(dtype=np.float64)) + float(rest @ rest)
+def _sum_of_squares(values: Vector) -> float:
+    """Of 8-bit integers (n,), exact, so that it does not matter in which order BLAS adds."""
+    count = values.size // EXACT
+    rows, rest = values[: count * EXACT], values[count * EXACT :]
+    squares = rows.reshape(count, 1, EXACT) @ rows.reshape(count, EXACT, 1)
+    return sum(squares.ravel().tolist(), float(rest @ rest))

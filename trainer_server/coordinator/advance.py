@@ -62,7 +62,7 @@ from trainer_server.coordinator.round_update import (
 from trainer_server.coordinator.secure_sums import MAX_REPEATS, asked_devices, secure_level, shortage
 from trainer_server.coordinator.selection import announced_as, at_most, eligible_devices, select_devices
 from trainer_server.coordinator.sessions import ending, prepares, why_no_classes, why_not_withdrawn
-from trainer_server.coordinator.state import SUMS, TRAINING, Part, Plan, State, Step, after_hold
+from trainer_server.coordinator.state import SUMS, TRAINING, Part, Plan, State, Step, after_hold, with_counted
 from trainer_server.coordinator.waiting import fewest_updates, is_short, must_wait, needed_updates, reason, remedy
 
 RAISE_TIMEOUT = "If this repeats, stop the server and resume with a longer --round-timeout"
@@ -235,7 +235,11 @@ def _open_round(
         expected=selected,
         updates=PersistentMap(),
         recent=tuple(closed[len(closed) - config.max_staleness :]) if config.max_staleness else (),
-        counted=frozenset(key for key in (*state.counted, *state.updates) if key[0] >= oldest),
+        counted={
+            round_: devices
+            for round_, devices in with_counted(state.counted, state.updates).items()
+            if round_ >= oldest
+        },
     )
     commands = announce(blobs, announced)
     if step.purpose is Stage.HEAD and starts and (unasked := sorted(suspects(plan, state) - selected)):

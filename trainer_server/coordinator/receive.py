@@ -72,7 +72,8 @@ def receive_update(plan: Plan, state: State, event: UpdateSeen, now: float) -> t
             state, commands = refuse_update(state, update.device)
             replies += commands
         return state, replies
-    key, slowest, refused = (update.round, update.device), state.slowest, state.refused
+    key = (update.round, state.devices[update.device].device)  # the same text in all rounds, to save memory
+    slowest, refused = state.slowest, state.refused
     accepted = Accepted(update, event.sha256, event.size, validation.norm)
     if update.device in refused:
         refused = {name: last for name, last in refused.items() if name != update.device}

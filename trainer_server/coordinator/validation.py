@@ -50,8 +50,8 @@ def validate_update(plan: Plan, state: State, update: Update, tensors: Tensors) 
         return rejected("unknown device", "has not announced itself")
     if update.device in state.excluded:
         return rejected("excluded", "the operator has excluded this device from the run")
-    key = (update.round, update.device)
-    if key in state.counted or key in state.updates:
+    is_counted = update.device in state.counted.get(update.round, ())
+    if is_counted or (update.round, update.device) in state.updates:
         return Validation(Verdict.DUPLICATE, reason="already counted")
     if announced is None or update.round > state.round:
         return rejected("other round", f"round {update.round} has not been announced")

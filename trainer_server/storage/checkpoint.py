@@ -23,7 +23,7 @@ from trainer_server.coordinator.former_head import FormerHead
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.refusals import Refused
 from trainer_server.coordinator.standing import Standing
-from trainer_server.coordinator.state import SecureSums, State
+from trainer_server.coordinator.state import SecureSums, State, with_counted
 
 SECURE = "secure_"  # start of the names of the tensors of the secure sums
 SHARES, MASKED, ROSTER = f"{SECURE}shares", f"{SECURE}masked", f"{SECURE}roster_"
@@ -93,7 +93,7 @@ class Checkpoint(BaseModel):
             expected=sorted(state.expected),
             refused=dict(state.refused),
             silent=dict(state.silent),
-            counted=sorted(state.counted),
+            counted=[(round_, device) for round_ in sorted(state.counted) for device in sorted(state.counted[round_])],
             keys_round=state.secure.keys_round,
             secure_level=state.secure.level,
             members=state.secure.members,
@@ -151,7 +151,7 @@ class Checkpoint(BaseModel):
             expected=frozenset(self.expected),
             refused=self.refused,
             silent=self.silent,
-            counted=frozenset(self.counted),
+            counted=with_counted({}, self.counted),
             secure=secure,
             former=FormerHead(vectors["former_head"], self.former_nlls, self.former_made, self.head_rejected),
             waiting=self.waiting,
