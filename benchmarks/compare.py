@@ -1,9 +1,9 @@
 """python -m benchmarks.compare: is a training step slower than it was?
 
-Runs rows of the step table in benchmarks/results/step.json again. A row's time is divided by that of a matrix product
-in the same round, so that the result depends little on the machine's speed. A row that takes more than SLOWER times as
-long as in the file, by this measure, is shown as slower, and the exit code is 1. On a processor with other features the
-ratios differ.
+Runs rows of the step table in benchmarks/results/step-MODEL.json again. A row's time is divided by that of a matrix
+product in the same round, so that the result depends little on the machine's speed. A row that takes more than SLOWER
+times as long as in the file, by this measure, is shown as slower, and the exit code is 1. On a processor with other
+features the ratios differ.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ import os
 import sys
 from collections.abc import Mapping
 from fnmatch import fnmatch
-from pathlib import Path
 
 import typer
 
 from benchmarks.machine import describe_machine
 from benchmarks.step import bundle_of
-from benchmarks.step_table import PRODUCT, RESULTS, ratio
+from benchmarks.step_table import PRODUCT, ratio, results_of
 from benchmarks.step_variants import Setting
 from benchmarks.step_worker import Worker, take_turns
 from fedfmsl.common.cli import application
@@ -34,15 +33,18 @@ app = application()
 def compare(
     variants: str = typer.Option("step-graph-*", help="Patterns of the rows to run, separated by commas."),
     rounds: int = typer.Option(3, min=2, help="Turns of each variant."),
-    results: Path = typer.Option(RESULTS, help="The committed measurements."),
+    model: str = typer.Option("vit-b16", help="Whose table."),
 ) -> None:
     """Show the rows of the step table that have become slower."""
+    results = results_of(model)
+    if not results.is_file():
+        raise ConfigError(f"--model {model}: {results} does not exist")
     committed = json.loads(results.read_text(encoding="utf-8"))
     names = [name for name in committed["rows"] if any(fnmatch(name, each) for each in variants.split(","))]
     if not names:
         raise ConfigError(f"--variants {variants}: no row of {results} has such a name")
     given, threads = committed["setting"], min(committed["machine"]["threads"], os.cpu_count() or 1)
-    model, weights = given["model"], given["weights"]
+    weights = given["weights"]
     workers = []
     for name in (PRODUCT, *names):
         bundle = bundle_of(model, weights, "int8" if "-int8-" in name else "fp32")

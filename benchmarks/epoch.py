@@ -1,7 +1,7 @@
 """python -m benchmarks.epoch: the local rounds of a device, against the same rounds in torch + PEFT.
 
 New images, rounds of E epochs with one change of level, evaluation on held-out images after each round. torch has no
-levels, so its rounds all take the same time. Only some are run, and the output says how many.
+levels, so its epochs all take the same time. Only some are run, with one evaluation, and the output says how many.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def epoch(
     levels: str = typer.Option("1,1,1,2,2", help="The level of each round."),
     epochs: int = typer.Option(2, min=1, help="Local epochs of a round."),
     batch: int = typer.Option(16, min=1),
-    torch_rounds: int = typer.Option(1, min=1, help="Rounds that torch runs; their time is scaled to all."),
+    torch_epochs: int = typer.Option(1, min=1, help="Epochs that torch runs; their time is scaled to all."),
     threads: int = typer.Option(0, min=0, help="0: one per core."),
     seed: int = typer.Option(0),
     out: Path | None = typer.Option(None, "--json", help="File to write the measurements to."),
@@ -50,6 +50,7 @@ def epoch(
     """Measure a device's local rounds, against torch + PEFT."""
     folders = bundle or [bundle_of(model, weights, precision) for precision in ("fp32", "int8")]
     rounds = tuple(int(level) for level in levels.split(","))
+    cores = threads or os.cpu_count() or 1
     results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         photos = Path(folder) / "images"
@@ -57,22 +58,20 @@ def epoch(
         for index, root in enumerate(folders):
             scratch = str(Path(folder) / f"cache-{index}")
             common = (model, weights, str(photos), scratch)
-            schedule = (epochs, batch, threads or os.cpu_count() or 1, seed)
-            results[f"edge, {Bundle.load(root).manifest.precision}"] = _row(
-                _run("edge", Setting(str(root), *common, rounds, *schedule)), 1.0
-            )
+            ours = _run("edge", Setting(str(root), *common, rounds, epochs, batch, cores, seed))
+            results[f"edge, {Bundle.load(root).manifest.precision}"] = _row(ours, 1.0, 1.0)
         for side, name in TORCH.items():
-            measured = _run(side, Setting(str(folders[0]), *common, rounds[:torch_rounds], *schedule))
-            results[name] = _row(measured, len(rounds) / torch_rounds)
-    theirs = [results[name]["total"] for name in TORCH.values()]
-    machine = describe_machine(threads or os.cpu_count() or 1)
+            theirs = _run(side, Setting(str(folders[0]), *common, rounds[:1], torch_epochs, batch, cores, seed))
+            results[name] = _row(theirs, len(rounds) * epochs / torch_epochs, len(rounds))
+    totals = [results[name]["total"] for name in TORCH.values()]
+    machine = describe_machine(cores)
     print(f"{machine['processor']}, {machine['features']}, without {machine['missing_features']}")
     print(f"{images} images, {len(rounds)} rounds of {epochs} epochs at levels {levels}; ", end="")
-    print(f"torch ran {torch_rounds} of the rounds, scaled to {len(rounds)}\n")
+    print(f"torch ran {torch_epochs} of {len(rounds) * epochs} epochs and one evaluation, scaled to all\n")
     print("| | features, s | training, s | evaluation, s | total, s | × torch fp32 | × best torch | peak MB |")
     print("|---|---|---|---|---|---|---|---|")
     for name, row in results.items():
-        row["times_faster"], row["times_best_torch"] = theirs[0] / row["total"], min(theirs) / row["total"]
+        row["times_faster"], row["times_best_torch"] = totals[0] / row["total"], min(totals) / row["total"]
         parts = " | ".join(f"{row[part]:.1f}" for part in ("features", "training", "evaluation", "total"))
         ratios = f"{row['times_faster']:.1f} | {row['times_best_torch']:.1f}"
         print(f"| {name} | {parts} | {ratios} | {row['peak_rss_mb']:.0f} |")
@@ -97,12 +96,12 @@ def _run(side: str, setting: Setting) -> Seconds:
     return Seconds(**json.loads(result.stdout.splitlines()[-1]))
 
 
-def _row(spent: Seconds, scale: float) -> dict[str, float]:
-    """`scale` multiplies the parts that are done in every round."""
+def _row(spent: Seconds, training: float, evaluation: float) -> dict[str, float]:
+    """`training`, `evaluation`: factors from what was run to all rounds."""
     row = {
         "features": spent.features,
-        "training": spent.training * scale,
-        "evaluation": spent.evaluation * scale,
+        "training": spent.training * training,
+        "evaluation": spent.evaluation * evaluation,
         "peak_rss_mb": spent.peak_rss_mb,
     }
     return {**row, "total": row["features"] + row["training"] + row["evaluation"]}

@@ -18,7 +18,7 @@ from benchmarks.torch_model import Precision, load_model, load_source
 from edge_runtime.engines.base import Batch
 from edge_runtime.engines.sessions import open_session, run
 from edge_runtime.engines.step_graph import StepGraphEngine
-from edge_runtime.resources.providers import cosine
+from edge_runtime.resources.provider_trial import cosine
 from export.reference import model_gradient, random_samples, torch_inputs
 from fedfmsl.algorithms.arrays import Vector
 from fedfmsl.protocol.task_bundle import TaskBundle

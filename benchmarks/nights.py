@@ -24,6 +24,7 @@ import psutil
 import typer
 from PIL import Image
 
+from benchmarks.stored_run import StoredRun
 from edge_runtime.daemon.round_runner import RoundRunner
 from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache
@@ -36,7 +37,6 @@ from edge_runtime.training.context import DeviceContext
 from edge_runtime.training.gate import Gate
 from edge_runtime.training.stored_model import tasks_of_models
 from fedfmsl.common.cli import application
-from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import RunError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.messages import DeviceStatus, Round, Update
@@ -44,13 +44,10 @@ from fedfmsl.protocol.task import Task
 from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.tensors import blob_hash, unpack
 from trainer_server.config import RunConfig, Trigger, sal_rules
-from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import (
-    AnnounceRound,
-    BeginSession,
     ClockTicked,
+    Command,
     CountRefusal,
-    Event,
     OperatorActed,
     PublishGlobals,
     StatusSeen,
@@ -58,10 +55,8 @@ from trainer_server.coordinator.events import (
     UpdateSeen,
 )
 from trainer_server.coordinator.operator import Action, Operation
-from trainer_server.coordinator.state import Plan, State
-from trainer_server.service.lifecycle import make_plan, open_run, restore_state
-from trainer_server.service.next_session import begin_session
-from trainer_server.storage.event_rows import LoggedEvent
+from trainer_server.coordinator.state import State
+from trainer_server.service.lifecycle import make_plan, open_run
 from trainer_server.storage.kept_experts import KeptExperts
 
 LEVEL = 1
@@ -180,20 +175,15 @@ class NightDevice:
         return SimulatedRunner(device, folder, control, LevelCapTracker(cap), lambda *_: None)
 
 
-class NightServer:
-    """A standing run: coordinator and files, without a network. `published`: the globals of the present round, by
-    SHA-256. `wall`: the wall clock."""
-
-    plan: Plan
-    state: State
-    now: float
+class NightServer(StoredRun):
+    """A standing run. `published`: the globals of the present round, by SHA-256. `wall`: the wall clock."""
 
     def __init__(self, folder: Path, config: RunConfig, bundle: TaskBundle) -> None:
-        self.store = open_run(folder, config, bundle)
+        store = open_run(folder, config, bundle)
         self.published: dict[str, bytes] = {}
         self.wall = 0.0
         self._kept, self._made = KeptExperts(folder), 0
-        self._open(bundle)
+        super().__init__(store, make_plan(store, bundle))
 
     @property
     def bundle(self) -> TaskBundle:
@@ -207,42 +197,19 @@ class NightServer:
     def tick(self) -> None:
         self.feed(ClockTicked(wall=self.wall))
 
-    def feed(self, event: Event) -> None:
-        """Raises RunError if the event is an update that is refused."""
-        self.now += 1.0
-        state, commands = advance(self.plan, self.state, event, self.now)
+    def receive(self, blob: bytes) -> None:
+        """An update of a device. Raises RunError if it is refused."""
+        update, tensors = unpack(blob, Update)
+        self.feed(UpdateSeen(update, tensors, blob_hash(blob), len(blob)), blob)
+
+    def executed(self, state: State, commands: Sequence[Command]) -> None:
         if refused := [each.text for each in commands if isinstance(each, CountRefusal)]:
             raise RunError(refused[0])
-        if state is self.state and not commands:
-            return
-        rounds = [each.closed for each in commands if isinstance(each, StoreRound)]
-        begins = next((each for each in commands if isinstance(each, BeginSession)), None)
-        if begins is not None:
-            begin_session(self.store, self.plan, state, begins, self.now, rounds)
-        else:
-            self.store.commit([LoggedEvent(self.now, event)], rounds)
-        self.state = state
-        if rounds and state.made > self._made:
+        if state.made > self._made and any(isinstance(each, StoreRound) for each in commands):
             self._made = state.made
             self._kept.write(state.made, state.expert)
-        self.published = {each.sha256: each.blob for each in commands if isinstance(each, PublishGlobals)} or (
-            self.published
-        )
-        if any(isinstance(each, AnnounceRound) for each in commands):
-            self.store.save_checkpoint(state, self.now)
-        if begins is not None:
-            self._open(TaskBundle(self.bundle, self.store.task()))
-
-    def receive(self, blob: bytes) -> None:
-        """An update of a device."""
-        update, tensors = unpack(blob, Update)
-        sha256 = blob_hash(blob)
-        write_atomically(self.store.blobs.folder / sha256, blob)
-        self.feed(UpdateSeen(update, tensors, sha256, len(blob)))
-
-    def _open(self, bundle: TaskBundle) -> None:
-        self.plan = make_plan(self.store, bundle)
-        self.state, self.now = restore_state(self.store, self.plan)
+        globals_ = {each.sha256: each.blob for each in commands if isinstance(each, PublishGlobals)}
+        self.published = globals_ or self.published
 
 
 @dataclass

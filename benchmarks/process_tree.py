@@ -41,7 +41,7 @@ class ProcessTree:
 
     def processor_seconds(self) -> float:
         with self._lock:
-            for process in {self.root, *self._known, *self._children()}:
+            for process in {self.root, *self._known, *self.children()}:
                 with suppress(psutil.NoSuchProcess):  # its last value stays
                     times = process.cpu_times()
                     self._known[process] = times.user + times.system
@@ -49,12 +49,12 @@ class ProcessTree:
 
     def add_memory(self) -> None:
         total = 0
-        for process in [self.root, *self._children()]:
+        for process in [self.root, *self.children()]:
             with suppress(psutil.NoSuchProcess):
                 total += process.memory_full_info().pss
         self.peak_mb = max(self.peak_mb, total / 2**20)
 
-    def _children(self) -> list[psutil.Process]:
+    def children(self) -> list[psutil.Process]:
         try:
             return self.root.children(recursive=True)
         except psutil.NoSuchProcess:

@@ -112,12 +112,14 @@ def _flower(folder: Path, python: Path, nodes: int, rounds: int, values: int) ->
     own = {"FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "PATH": f"{python.parent}:{os.environ['PATH']}"}
     environment = {**os.environ, **own}
     log = (folder / "flower.log").open("w+")
-    started = []
+    started: list[subprocess.Popen[str]] = []
+    trees: list[ProcessTree] = []
 
     def start(*command: str, is_read: bool = False) -> subprocess.Popen[str]:
         stdout = subprocess.PIPE if is_read else log
         process = subprocess.Popen(command, env=environment, text=True, cwd=folder, stdout=stdout, stderr=log)
         started.append(process)
+        trees.append(ProcessTree(psutil.Process(process.pid)))
         return process
 
     try:
@@ -125,11 +127,11 @@ def _flower(folder: Path, python: Path, nodes: int, rounds: int, values: int) ->
         if not wait_for_port(port, link, START_SECONDS):
             raise RunError(f"the SuperLink did not start: {_tail(log.name)}")
         fleet = start(str(python), str(NODES), f"127.0.0.1:{port}", *map(str, (nodes, rounds, values)), is_read=True)
-        return _cost(fleet, link, environment, code.parent, {"nodes": nodes, "rounds": rounds, "values": values})
+        return _cost(fleet, trees[0], environment, code.parent, {"nodes": nodes, "rounds": rounds, "values": values})
     except StopIteration as error:
         raise RunError(f"Flower's nodes ended early: {_tail(log.name)}") from error
     finally:
-        for child in [child for process in started for child in _descendants(process.pid)]:
+        for child in [child for tree in trees for child in tree.children()]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.terminate()  # the SuperLink does not end its ServerApp
         for process in reversed(started):
@@ -141,7 +143,7 @@ def _flower(folder: Path, python: Path, nodes: int, rounds: int, values: int) ->
 
 def _cost(
     fleet: subprocess.Popen[str],
-    link: subprocess.Popen[str],
+    link: ProcessTree,
     environment: Mapping[str, str],
     folder: Path,
     config: Mapping[str, int],
@@ -156,23 +158,16 @@ def _cost(
     ran = subprocess.run(command, env=dict(environment), capture_output=True, text=True)
     if ran.returncode:
         raise RunError(f"flwr run failed: {(ran.stdout + ran.stderr)[-500:]}")
-    tree, seconds, last = ProcessTree(psutil.Process(link.pid)), {}, config["rounds"] - 1
+    seconds, last = {}, config["rounds"] - 1
     while last not in seconds:
         line = next(lines)
         if line.startswith("round"):
-            seconds[int(line.split()[1])] = tree.processor_seconds()
-            tree.add_memory()
+            seconds[int(line.split()[1])] = link.processor_seconds()
+            link.add_memory()
     time.sleep(1.0)
-    tree.add_memory()
+    link.add_memory()
     ms = 1000 * (seconds[last] - seconds[1]) / (config["nodes"] * (last - 1))
-    return Cost("Flower's SuperLink and ServerApp", ms, 0.0, tree.peak_mb)
-
-
-def _descendants(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
+    return Cost("Flower's SuperLink and ServerApp", ms, 0.0, link.peak_mb)
 
 
 def _tail(log: str) -> str:

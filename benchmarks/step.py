@@ -29,7 +29,7 @@ from fedfmsl.common.cli import application
 from fedfmsl.errors import RunError
 from fedfmsl.protocol.bundle import Bundle, TextPreprocessing
 
-LEVELS = (1, 2, 4, 8, 12)
+LEVELS = (1, 2, 4, 8)  # and the highest one
 WHOLE = (REFERENCE, *(f"{REFERENCE}{kind}" for kind in ("-autocast", "-bf16", "-compile", "-bf16-compile")))
 SET_UP_AT_ONCE = 2  # processes; compilation and imports use one core each
 PRECISIONS = {"FP32": "fp32", "AUTOCAST": "bf16 products", "BF16": "bf16 weights and products"}
@@ -45,7 +45,7 @@ def step(
     bundle: list[Path] = typer.Option(
         [], help="Bundles of the model; may be repeated. Default: fp32 and int8, built once."
     ),
-    levels: str = typer.Option(",".join(map(str, LEVELS)), help="SAL levels, separated by commas."),
+    levels: str = typer.Option("", help="SAL levels, separated by commas. Default: 1, 2, 4, 8 and the highest one."),
     variants: str = typer.Option("*", help="Patterns of the variants to compare, separated by commas."),
     batch: int = typer.Option(8, min=1),
     threads: int = typer.Option(0, min=0, help="0: one per core."),
@@ -55,13 +55,15 @@ def step(
     rounds: int = typer.Option(7, min=2, help="Turns of each variant."),
     seed: int = typer.Option(0),
     out: Path | None = typer.Option(
-        None, "--json", help="File to write the measurements to. benchmarks/results/step.json also updates the docs."
+        None, "--json", help="File to write the measurements to. A file of benchmarks/results also updates the docs."
     ),
 ) -> None:
     """Measure time and memory of a training step, against torch + PEFT."""
     folders = bundle or [bundle_of(model, weights, precision, ort_training) for precision in ("fp32", "int8")]
     threads = threads or os.cpu_count() or 1
-    chosen = [k for k in map(int, levels.split(",")) if k <= Bundle.load(folders[0]).manifest.levels]
+    highest = Bundle.load(folders[0]).manifest.levels
+    asked_levels = map(int, levels.split(",")) if levels else (*LEVELS, highest)
+    chosen = sorted({level for level in asked_levels if level <= highest})
     settings = [Setting(folder, model, weights, batch, threads, seed) for folder in folders]
     planned = [(name, settings[0], None) for name in (PRODUCT, *WHOLE, *_suffixes(folders[0], chosen))]
     precisions = {PRODUCT: "fp32", **{name: PRECISIONS[precision_of(name)] for name, _, _ in planned[1:]}}

@@ -14,9 +14,8 @@ from typing import Any
 from benchmarks.step_worker import Turns
 from benchmarks.tables import line
 
-RESULTS = Path(__file__).parent / "results" / "step.json"
+RESULTS = Path(__file__).parent / "results"  # a file for each model
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- the step table: begin -->", "<!-- the step table: end -->"
 PRODUCT = "product"
 REFERENCE = "torch-whole"  # in fp32
 COLUMNS = (
@@ -61,14 +60,24 @@ def best_torch(seconds: Mapping[str, float]) -> str:
     return min((name for name in seconds if name.startswith(REFERENCE)), key=lambda name: seconds[name], default="")
 
 
+def results_of(model: str) -> Path:
+    """The committed measurements of this model."""
+    return RESULTS / f"step-{model}.json"
+
+
+def marks(path: Path) -> tuple[str, str]:
+    """The lines of the documentation around the table of these measurements."""
+    return f"<!-- {path.stem}: begin -->", f"<!-- {path.stem}: end -->"
+
+
 def write_results(results: Mapping[str, Any], path: Path) -> None:
-    """Writes the file, and the table of the documentation if it is the file in the repository."""
+    """Writes the file, and the table of the documentation if it is a file in the repository."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    if path.resolve() == RESULTS.resolve():
-        text = PAGE.read_text(encoding="utf-8")
-        before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-        PAGE.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}", encoding="utf-8")
+    if path.resolve().parent == RESULTS.resolve():
+        text, (begin, end) = PAGE.read_text(encoding="utf-8"), marks(path)
+        before, after = text.partition(begin)[0], text.partition(end)[2]
+        PAGE.write_text(f"{before}{begin}\n{table(results)}\n{end}{after}", encoding="utf-8")
 
 
 def table(results: Mapping[str, Any]) -> str:

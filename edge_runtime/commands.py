@@ -292,10 +292,10 @@ def try_provider(
     out: Path = typer.Option(help="File to write."),
 ) -> None:
     """Compute with one execution provider; write outputs and seconds."""
-    from edge_runtime.resources import providers
+    from edge_runtime.resources import provider_trial
     from fedfmsl.protocol.bundle import Bundle
     from fedfmsl.protocol.task_bundle import with_numbered_classes
     from fedfmsl.protocol.tensors import pack
 
     opened = with_numbered_classes(Bundle.load(bundle), classes)
-    out.write_bytes(pack(*providers.try_provider(opened, provider, threads)))
+    out.write_bytes(pack(*provider_trial.try_provider(opened, provider, threads)))

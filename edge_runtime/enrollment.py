@@ -25,6 +25,7 @@ from fedfmsl.transport.enrollment import (
     name_in,
     new_key,
     renewal_request,
+    require_key,
 )
 from fedfmsl.transport.identity import pem_blocks, read_identity
 from fedfmsl.transport.listening import parse_listen
@@ -118,6 +119,7 @@ def _key(applicant: Applicant, folder: Path) -> str:
     if key_file.exists():
         expected, _, key = key_file.read_text("utf-8", errors="replace").partition("\n")
         if expected == applicant.fingerprint:
+            require_key(key, key_file)
             return key
         raise ConfigError(f"{key_file} is a key for another CA; remove it, or choose another --folder")
     if not folder.is_dir():

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from export.frozen import Frozen
+from export.frozen import TINY, Frozen
 from export.graph import Graph
 
 
@@ -36,13 +36,21 @@ class Tape:
         self._frozen = frozen
         self._backward: list[tuple[Var, Callable[[str], None]]] = []
         self._gradients: dict[str, str] = {}
+        self._factor = ""  # of `normalize`
+        self._divided: set[str] = set()  # names of the tensors whose gradient is divided by it
+        self._below = False  # whether gradients that are added now are
 
     def gradients(self, of: Sequence[Var]) -> list[str]:
         """Adds the backward pass, from the gradients that the losses set. Returns the gradients of `of`."""
         for output, backward in reversed(self._backward):
             if output.name in self._gradients:
+                self._below = output.name in self._divided
                 backward(self._gradients[output.name])
-        return [self._gradients[var.name] for var in of]
+        return [self._whole_gradient(var.name) for var in of]
+
+    def _whole_gradient(self, name: str) -> str:
+        gradient = self._gradients[name]
+        return self.graph.op("Mul", gradient, self._factor) if name in self._divided else gradient
 
     def _record(self, name: str, inputs: Sequence[Var], backward: Callable[[str], None]) -> Var:
         output = Var(name, any(var.trainable for var in inputs))
@@ -53,6 +61,8 @@ class Tape:
     def _accumulate(self, var: Var, gradient: Callable[[], str]) -> None:
         if var.trainable:
             new = gradient()
+            if self._below:
+                self._divided.add(var.name)
             old = self._gradients.get(var.name)
             self._gradients[var.name] = new if old is None else self.graph.op("Add", old, new)
 
@@ -62,6 +72,19 @@ class Tape:
             self._accumulate(b, lambda: g)
 
         return self._record(self.graph.op("Add", a.name, b.name), [a, b], backward)
+
+    def normalize(self, x: Var) -> Var:
+        """The identity. The backward pass below it computes with a gradient whose largest value is 1, and the gradients
+        of trainables are multiplied again at its end (ours). So gradients of a small loss are not lost in float16. This
+        is exact, because a backward pass is linear in its gradient."""
+        op = self.graph.op
+
+        def backward(g: str) -> None:
+            self._below = True
+            self._factor = op("Max", op("ReduceMax", op("Abs", g), keepdims=0), self.graph.const(TINY))
+            self._accumulate(x, lambda: op("Div", g, self._factor))
+
+        return self._record(op("Identity", x.name), [x], backward)
 
     def scale(self, x: Var, key: str) -> Var:
         """Layer scale: x (·, D) times a frozen vector (D,)."""

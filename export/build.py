@@ -58,6 +58,9 @@ def build(
     ort_training: bool = typer.Option(
         False, "--ort-training", help="Also write the artifacts for devices with onnxruntime-training."
     ),
+    fp16: bool = typer.Option(
+        False, "--fp16", help="Also write graphs with products in float16, which devices with a GPU try."
+    ),
     prompt: list[str] | None = typer.Option(
         None, help="Prompt template for CLIP with '{}' for the class name. Repeatable. Default: five templates."
     ),
@@ -87,6 +90,7 @@ def build(
         rank=rank,
         precision=precision,
         ort_training=ort_training,
+        fp16=fp16,
         prompts=prompt,
         revision=revision,
         out=out,

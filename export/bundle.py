@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from export.weights import Backbone
 from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.errors import BundleError, ConfigError
 from fedfmsl.protocol.bundle import (
+    FP16,
     MANIFEST,
     TOKENIZER,
     Bundle,
@@ -45,6 +47,7 @@ def build_bundle(
     seed: int,
     precision: Precision = "fp32",
     ort_training: bool = False,
+    fp16: bool = False,
 ) -> Iterator[tuple[int, int, str]]:
     """Writes the bundle to `out`, as a whole or not at all. Yields (steps done, all steps, current step).
 
@@ -53,11 +56,12 @@ def build_bundle(
     """
     geometry = source.family.geometry(source.model.config, source.size)
     levels = check_levels(levels, geometry)
-    if ort_training and precision != "fp32":
-        raise ConfigError(f"--ort-training needs --precision fp32, not {precision}; omit one of them")
+    for option, wanted in (("--ort-training", ort_training), ("--fp16", fp16)):
+        if wanted and precision != "fp32":
+            raise ConfigError(f"{option} needs --precision fp32, not {precision}; omit one of them")
     check_out(out, precision, levels)
     spec = _Spec(source, geometry, levels, lora, precision)
-    steps = 1 + (4 + ort_training) * levels + 2 + 2
+    steps = 1 + (4 + ort_training + 3 * fp16) * levels + 2 + 2
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         created = tempfile.TemporaryDirectory(dir=out.parent)
@@ -70,7 +74,7 @@ def build_bundle(
         yield done, steps, "backbone (optimum)"
         with WeightFile(root / WEIGHTS_FILE) as weight_file:
             writer = spec.graph_writer(root, weight_file)
-            for done, name in enumerate(writer.write_all(), start=1):
+            for done, name in enumerate(chain(writer.write_all(), writer.write_fp16() if fp16 else ()), start=1):
                 yield done, steps, name
             for level in range(1, levels + 1) if ort_training else ():
                 done += 1
@@ -82,9 +86,10 @@ def build_bundle(
         # not save_file, which lets nobody but the owner read the file
         (root / "init.safetensors").write_bytes(save(_initial_tensors(spec, seed)))
         (root / MANIFEST).write_text(_manifest(spec, root).model_dump_json(indent=1), encoding="utf-8")
-        for level in sorted({1, levels}):
-            yield done + 1, steps, f"compare with PEFT, level {level}"
-            check_parity(with_numbered_classes(Bundle.load(root), spec.outputs), source, level, seed)
+        written = with_numbered_classes(Bundle.load(root), spec.outputs)
+        for level, kind in product(sorted({1, levels}), ("", FP16) if fp16 else ("",)):
+            yield done + 1, steps, f"compare with PEFT, {kind}level {level}"
+            check_parity(written, source, level, seed, kind)
         _keep_or_rename(root, out)
     yield steps, steps, "done"
 

@@ -1,4 +1,4 @@
-"""Matrix products with frozen weights, in float32 or int8 (ours).
+"""Matrix products with frozen weights, in float32, float16 or int8 (ours).
 
 An int8 product uses weights with one scale per output. It quantizes activations and gradients at run time, with one
 scale per row, for two reasons. The gradient of the class token is much larger than the others. And the result for a
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
+from onnx import TensorProto
 
 from export.graph import RUNTIME_DOMAIN, Array, Graph
 
@@ -49,6 +50,45 @@ class Float32:
 
     def transposed(self, x: str, key: str) -> str:
         return self._graph.op("Gemm", x, self._graph.frozen(f"{key}.weight"), transB=1)
+
+
+class Float16:
+    """Products in float16 between tensors in float32, for GPUs. The weights stay float32 in the file, which has them
+    once for both kinds of graphs. ONNX Runtime converts them when it loads a graph.
+
+    On a processor ONNX Runtime multiplies in float32, and removes a cast that follows another one. Then it would not
+    round as a GPU does, and the graphs could not be tested. So a Reshape, which copies nothing, is between two casts.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._halves: dict[str, str] = {}  # tensors in float16, by name
+
+    def linear(self, x: str, key: str) -> str:
+        return self._gemm(x, key, self._weight(f"{key}.bias"))
+
+    def product(self, x: str, key: str) -> str:
+        return self._gemm(x, key)
+
+    def transposed(self, x: str, key: str) -> str:
+        return self._gemm(x, key, transB=1)
+
+    def _gemm(self, x: str, key: str, *bias: str, **attributes: int) -> str:
+        if x not in self._halves:
+            self._halves[x] = self._same_shape(self._cast(x, TensorProto.FLOAT16))
+        y = self._graph.op("Gemm", self._halves[x], self._weight(f"{key}.weight"), *bias, **attributes)
+        return self._cast(self._same_shape(y), TensorProto.FLOAT)
+
+    def _weight(self, name: str) -> str:
+        if name not in self._halves:
+            self._halves[name] = self._cast(self._graph.frozen(name), TensorProto.FLOAT16)
+        return self._halves[name]
+
+    def _cast(self, x: str, to: int) -> str:
+        return self._graph.op("Cast", x, to=to)
+
+    def _same_shape(self, x: str) -> str:
+        return self._graph.op("Reshape", x, self._graph.ints(0, -1))
 
 
 class Int8:
@@ -98,4 +138,4 @@ def quantize(weight: Array) -> tuple[Array, Array]:
     return np.rint(weight / scale).astype(np.int8), scale
 
 
-PRECISIONS: dict[str, Callable[[Graph], Frozen]] = {"fp32": Float32, "int8": Int8}
+PRECISIONS: dict[str, Callable[[Graph], Frozen]] = {"fp32": Float32, "fp16": Float16, "int8": Int8}

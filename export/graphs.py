@@ -7,7 +7,7 @@ trainables of the gate adapter. B, C and P are symbolic: the inputs of a graph d
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,8 @@ from export.families.family import LORA_TARGETS, Family
 from export.frozen import PRECISIONS
 from export.graph import Array, Graph, WeightFile
 from export.transformer import Geometry, Lora, Transformer
-from fedfmsl.protocol.bundle import Preprocessing, TextPreprocessing
+from fedfmsl.protocol.bundle import FP16, Preprocessing, TextPreprocessing
 from fedfmsl.protocol.layout import Layout
-from fedfmsl.protocol.setting_types import Precision
 
 GATE_WIDTH = 16
 
@@ -80,7 +79,7 @@ class GraphWriter:
     experts: Layout
     gate: Layout
     levels: int
-    precision: Precision
+    precision: str  # of the products with frozen weights, one of PRECISIONS
 
     def write_all(self) -> Iterator[str]:
         """Writes all graphs. Yields the name of each file after it is written."""
@@ -94,6 +93,16 @@ class GraphWriter:
             yield self._save(f"personal-{level}.onnx", self.personal(level))
         yield self._save("gate-step.onnx", self.gate_step())
         yield self._save("gate-predict.onnx", self.gate_predict())
+
+    def write_fp16(self) -> Iterator[str]:
+        """Writes the graphs that a GPU computes, with products in float16. Yields the name of each file."""
+        writer, blocks = replace(self, precision="fp16"), self.transformer.geometry.blocks
+        yield self._save(f"{FP16}features.onnx", writer.features())
+        for level in range(1, self.levels + 1):
+            if level > 1:
+                yield self._save(f"{FP16}lift-{blocks - level}.onnx", writer.lift(blocks - level))
+            yield self._save(f"{FP16}step-{level}.onnx", writer.step(level))
+            yield self._save(f"{FP16}predict-{level}.onnx", writer.predict(level))
 
     def features(self) -> Graph:
         """pixels or tokens → the hidden state below each level's suffix, `hidden_{k}` (B, N, D), and `pooled` (B, F).
@@ -294,6 +303,8 @@ class GraphWriter:
         first = self.transformer.geometry.blocks - level
         feature = self.transformer.suffix(tape, hidden, first, self._loras(parameters), _mask(padding))
         bias = tape.broadcast(parameters["classifier.bias"])
+        if self.precision == "fp16":
+            feature = tape.normalize(feature)
         return tape.project(feature, parameters["classifier.weight"], plus=bias), feature
 
     def _loss(self, graph: Graph, tape: Tape, level: int, parameters: Mapping[str, Var]) -> str:

@@ -35,6 +35,7 @@ class Options:
     rank: int
     precision: Precision
     ort_training: bool
+    fp16: bool
     prompts: list[str] | None
     revision: str | None
     out: Path | None
@@ -56,7 +57,7 @@ def export_bundle(options: Options) -> Bundle:
         zero_shot = make_zero_shot(source, options.classes, options.prompts) if options.classes else None
         lora = source.family.lora(options.rank)
         for done, total, what in build_bundle(
-            source, options.levels, lora, out, options.seed, options.precision, options.ort_training
+            source, options.levels, lora, out, options.seed, options.precision, options.ort_training, options.fp16
         ):
             progress.update(step, completed=done, total=total, description=what)
     bundle = Bundle.load(out)

@@ -72,10 +72,12 @@ def _zero_shot(
             "name the classes with --classes of trainer_server start, without a zero-shot head"
         )
     from export.weights import find_backbone
-    from export.zero_shot import make_zero_shot
+    from export.zero_shot import make_zero_shot, require_model_of
 
     revision = manifest.peft.revision if weights is None else None
-    return make_zero_shot(find_backbone(weights or manifest.model, None, len(names), None, revision), names, prompts)
+    source = find_backbone(weights or manifest.model, None, len(names), None, revision)
+    require_model_of(bundle, source)
+    return make_zero_shot(source, names, prompts)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Radford et al. 2021, prompt ensembling.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,9 +15,11 @@ import torch
 from transformers import AutoTokenizer
 
 from export.folder import check_config
-from export.weights import Found, Origin, load_pretrained
+from export.graph import WEIGHTS_FILE
+from export.weights import Found, Origin, load_pretrained, load_weights
 from fedfmsl.common.cli import console
 from fedfmsl.errors import ConfigError, WeightsError
+from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.task import ZeroShot
 
 TEMPLATES = (  # ours, for photos of objects
@@ -42,6 +45,22 @@ def make_zero_shot(source: Found, classes: Sequence[str], prompts: list[str] | N
             raise
         console.print(f"no zero-shot head: {error}")
         return None
+
+
+def require_model_of(bundle: Bundle, source: Found) -> None:
+    """Raises WeightsError unless `source` has the weights of the bundle: in the space of another CLIP, the embedding of
+    a text says nothing about the bundle's images.
+
+    Compares the embedding of patches, which the bundle has as it is with any --precision.
+    """
+    backbone = load_weights(source)
+    patch = source.family.outer(backbone.model, source.size)["patch.weight"].tobytes()
+    with bundle.path(WEIGHTS_FILE).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stored:
+        if stored.find(patch) < 0:
+            raise WeightsError(
+                f"{source.origin.source if source.origin else source.place} has other weights than the bundle at "
+                f"{bundle.root}; pass the folder that it was exported from with --weights"
+            )
 
 
 def zero_shot_head(source: Found, classes: Sequence[str], templates: Sequence[str]) -> ZeroShot:

@@ -17,13 +17,14 @@ from typing import Any
 import typer
 
 from fedfmsl.common.cli import application
-from fedfmsl.common.logs import set_up_logging
+from fedfmsl.common.logs import set_up_logging, signals_logged
 from fedfmsl.common.options import with_settings
 from fedfmsl.common.settings import read_settings
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
+from trainer_server.coordinator.records import number_of
 from trainer_server.inspect import export, replay, rounds, status
 from trainer_server.operate import classes, rollback
 from trainer_server.service.bundle_http import BundleServer
@@ -103,10 +104,11 @@ def _coordinate(
     identity, insecure = settings.identity, settings.insecure
     if settings.allowed is not None and len(settings.allowed) < store.origin.config.devices:
         raise ConfigError(
-            f"--allow has {len(settings.allowed)} devices, and the run waits for {store.origin.config.devices}; add "
-            "names, or lower --devices"
+            f"--allow has {number_of(len(settings.allowed), 'device')}, and the run waits for "
+            f"{store.origin.config.devices}; add names, or lower --devices"
         )
     with ExitStack() as served:
+        served.enter_context(signals_logged(logger, f"to go on: python -m trainer_server resume --out {store.folder}"))
         url = ""
         if settings.serve:
             bundle_server = BundleServer(
@@ -144,7 +146,7 @@ def show_console(settings: ConsoleSettings) -> None:
     if not settings.out.is_dir():
         raise RunError(f"--out {settings.out} does not exist; give the folder of a run, or of several runs")
     job = console_job(settings.console, settings.out, settings.identity, settings.revoked, settings.console_token)
-    with serve(job):
+    with signals_logged(logger, "the runs go on"), serve(job):
         logger.info(job.where)
         threading.Event().wait()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,9 +24,9 @@ from fedfmsl.transport.settings import (
     AccessSettings,
     ConnectionSettings,
     DiscoveryPrefix,
-    Listen,
     MetricsAddress,
     PageAddress,
+    Reachable,
     RunName,
 )
 from trainer_server.config import (
@@ -55,6 +56,7 @@ from trainer_server.tracking.sinks import parse
 
 TRAINING = panel("Training on the devices")
 CONSOLE = panel("Console")
+LISTS = (".txt", ".csv", ".lst", ".list")  # of files; a name of a device may have another dot
 Trackers = Annotated[tuple[Annotated[str, checked(parse)], ...], CommaSeparated]
 
 
@@ -91,7 +93,7 @@ class ConsoleSettings(ConsoleAccess, LogSettings):
 class ServiceSettings(ConnectionSettings, LogSettings, ConsoleAccess):
     """How the server is reached, and where it logs to."""
 
-    serve: Listen | None = Field(
+    serve: Reachable | None = Field(
         None, description="HOST:PORT where devices without the bundle download it.", json_schema_extra=CONNECTION
     )
     allow: str | None = Field(
@@ -116,6 +118,14 @@ class ServiceSettings(ConnectionSettings, LogSettings, ConsoleAccess):
         json_schema_extra=CONNECTION,
     )
 
+    @model_validator(mode="after")
+    def _check_effect(self) -> ServiceSettings:
+        if self.revoked is not None and self.identity is None:
+            raise ValueError("--revoked has no effect without --identity: devices show no certificate; add it")
+        if self.console_token is not None and self.console is None:
+            raise ValueError("--console-token has no effect without --console; add --console HOST:PORT")
+        return self
+
     @cached_property
     def allowed(self) -> frozenset[str] | None:
         """The devices of `allow`; None if all are allowed. Raises ConfigError."""
@@ -123,12 +133,17 @@ class ServiceSettings(ConnectionSettings, LogSettings, ConsoleAccess):
             return None
         path = Path(self.allow).expanduser()
         try:
+            if not path.is_file() and (os.sep in self.allow or path.suffix in LISTS):
+                raise ConfigError("there is no such file")
             names = path.read_text("utf-8").split() if path.is_file() else self.allow.split(",")
-            return frozenset(check_name("device", name.strip()) for name in names)
+            found = frozenset(check_name("device", name.strip()) for name in names)
+            if not found:
+                raise ConfigError("the file names no device")
         except (OSError, UnicodeDecodeError, ConfigError) as error:
             raise ConfigError(
-                f"--allow {self.allow}: {error}; give names like kitchen,balcony or a file with one per line"
+                f"--allow {self.allow!r}: {error}; give names like kitchen,balcony or a file with one per line"
             ) from error
+        return found
 
 
 class ResumeSettings(ServiceSettings):

@@ -28,7 +28,7 @@ from devices.provisioning.fleet import Fleet
 from fedfmsl.errors import ConfigError, one_line
 from fedfmsl.transport.authority_client import AUTHORITY, SIGN
 from fedfmsl.transport.enrollment import MAX_REQUEST_BYTES
-from fedfmsl.transport.listening import ANY, listen, parse_listen
+from fedfmsl.transport.listening import listen, parse_reachable
 from fedfmsl.web.access import RateLimit
 from fedfmsl.web.serve import WebServer
 
@@ -45,9 +45,7 @@ Report = Callable[[str], None]
 def serve(enrollment: Enrollment, address: str, report: Report) -> WebServer:
     """`address`: HOST:PORT as devices reach it. `report` receives a line for each request. Raises ConfigError for an
     invalid address, RunError if it cannot listen there."""
-    host, port = parse_listen(address)
-    if host in ANY:
-        raise ConfigError(f"{FLAG} {address}: devices cannot reach {host}; pass a name or an address of this machine")
+    host, port = parse_reachable(address)
     contexts = Contexts(enrollment.fleet, host, report)
     contexts.current()
     return WebServer(application(enrollment, report), listen(FLAG, host, port), contexts.current)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from fedfmsl.common.backoff import Backoff
+from fedfmsl.common.backoff import Backoff, Timeout
 from fedfmsl.common.settings import without_secrets
 from fedfmsl.errors import BrokerError, BundleError, MessageError
 from fedfmsl.protocol.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, file_sha256
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 REPORT_SECONDS = 60.0  # without a server, until that is logged
 POLL_SECONDS = 1.0
-RESUBSCRIBE_SECONDS = 5.0
+RESUBSCRIBE = Backoff(first=5.0, longest=300.0)  # amqtt can lose a message during a subscription
 HTTP_SECONDS = 30
 BUSY_SECONDS = 5.0
 RETRY_DELAYS = tuple(Backoff(first=1.0, longest=16.0).delay(attempt) for attempt in range(5))
@@ -85,12 +85,11 @@ def receive_server_status(
 ) -> ServerStatus | None:
     """The status of the run's server if it is online within `timeout` seconds. `finished` as for `wait_for_server`,
     but it may be called several times."""
-    deadline, subscribed = time.monotonic() + timeout, -math.inf
+    deadline, again = time.monotonic() + timeout, Timeout(RESUBSCRIBE, since=-math.inf)
     offline: ServerStatus | None = None
     end: Round | None = None
     while time.monotonic() < deadline:
-        if time.monotonic() > subscribed + RESUBSCRIBE_SECONDS:  # amqtt can lose a message during a subscription
-            subscribed = time.monotonic()
+        if again.expired():
             link.subscribe(topics.server_status)
             link.subscribe(topics.round)
         event = link.next_event(POLL_SECONDS)

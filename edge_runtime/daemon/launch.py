@@ -19,6 +19,7 @@ from edge_runtime.daemon.status import describe_model
 from edge_runtime.daemon.worker import Worker, progress_poster
 from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache
+from edge_runtime.data.labels import read_labels
 from edge_runtime.engines.factory import open_engine
 from edge_runtime.inference.home_assistant import DeviceDescription, discovery_message
 from edge_runtime.inference.watcher import Watcher
@@ -33,7 +34,7 @@ from edge_runtime.training.context import DeviceContext
 from edge_runtime.training.gate import Gate
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.common.class_folders import check_folder
-from fedfmsl.common.logs import set_up_logging
+from fedfmsl.common.logs import set_up_logging, signals_logged
 from fedfmsl.errors import ClockError
 from fedfmsl.protocol.messages import Activity
 from fedfmsl.protocol.task_bundle import TaskBundle
@@ -52,10 +53,13 @@ def launch(settings: Settings) -> None:
     check_folder(settings.images, "--images")
     if settings.watch:
         check_folder(settings.watch, "--watch")
+    if settings.labels:
+        read_labels(settings.labels)  # raises InputError now, and not only once the server is there
     require_provider(settings.provider)  # before a bundle is downloaded
     topics, store = Topics(settings.run, settings.topic_prefix), DeviceStore(settings.state)
     name = store.ensure_name(device_name(settings.device, settings.identity))
     with locked(store.root, "stop that process, or use another --state"), contextlib.ExitStack() as resources:
+        resources.enter_context(signals_logged(logger, "when it is started again, it goes on with the run"))
         settings = with_newest_identity(settings, store)
         link = device_link(settings.broker, topics, name, settings.identity, settings.insecure)
         sensors = Sensors(zones=settings.thermal_zones)
@@ -191,6 +195,7 @@ def _runner(daemon: Daemon, prepared: Prepared, control: StepControl) -> RoundRu
         settings.secure,
         settings.max_epsilon,
         settings.rehearse,
+        prepared.provider,
     )
 
 

@@ -20,6 +20,7 @@ from edge_runtime.daemon.download import (
     wait_for_server,
 )
 from edge_runtime.daemon.health import HealthReporter
+from edge_runtime.daemon.measure import measure
 from edge_runtime.daemon.receive_task import receive_task
 from edge_runtime.daemon.state import other_bundle
 from edge_runtime.daemon.status import describe_model
@@ -29,8 +30,8 @@ from edge_runtime.data.proposals import NothingToTrainError, describe_proposed
 from edge_runtime.data.sample_reader import SampleReader
 from edge_runtime.data.samples import Splits
 from edge_runtime.engines.factory import open_engine
-from edge_runtime.resources.plan import Plan, largest_extent, make_plan
-from edge_runtime.resources.providers import describe_choice, provider_for
+from edge_runtime.resources.plan import Plan, largest_extent
+from edge_runtime.resources.providers import describe_choice
 from edge_runtime.resources.throttle import reported_and_checked
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
@@ -134,22 +135,10 @@ def prepare(daemon: Daemon, anew: bool) -> Prepared:
             wait_for_samples(daemon, bundle, folder, error)
         return prepare(daemon, anew=True)
     report("measuring", 0, 1)
-    largest_sample = largest(scanned.samples, kind)
-    provider = provider_for(engine, settings.provider, bundle, threads, store, daemon.starting)
-    if provider.trials:
-        daemon.health.provider = describe_choice(provider)
+    choice, plan = measure(settings, store, engine, bundle, largest(scanned.samples, kind), daemon.starting)
+    if choice.trials:
+        daemon.health.provider = describe_choice(choice)
         logger.info(f"provider {daemon.health.provider}")
-    plan = make_plan(
-        bundle,
-        store,
-        engine,
-        threads,
-        provider.provider,
-        largest_sample,
-        settings.memory,
-        settings.step_seconds,
-        daemon.starting,
-    )
     logger.info(
         f"device {daemon.name}: {len(scanned.train)} {kind.noun}s to train on, {len(scanned.held_out)} held out, "
         f"{len(scanned.test)} to test on; engine {engine}, level cap {plan.level_cap}",
@@ -157,7 +146,7 @@ def prepare(daemon: Daemon, anew: bool) -> Prepared:
     )
     if known:
         logger.info(f"waiting for the server of run {settings.run!r}")
-    return Prepared(bundle, engine, threads, provider.provider, reader, folder, scanned, plan)
+    return Prepared(bundle, engine, threads, choice.provider, reader, folder, scanned, plan)
 
 
 def _stays_online(daemon: Daemon) -> bool:

@@ -20,7 +20,7 @@ from fedfmsl.common.backoff import Backoff
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import ConfigError, FedFMSLError
 from fedfmsl.transport.authority_client import request_certificate
-from fedfmsl.transport.enrollment import check_answer, name_in, new_key, renewal_request
+from fedfmsl.transport.enrollment import check_answer, name_in, new_key, renewal_request, require_key
 from fedfmsl.transport.identity import Identity, describe_expiry, pem_blocks, read_identity
 
 logger = logging.getLogger(__name__)
@@ -114,8 +114,13 @@ def _next_key(store: IdentityStore, present: str) -> str:
     """The key of the request, in PEM: that of an unanswered one, so that it gets the same answer."""
     if store.next_key.is_file():
         key = store.next_key.read_text("utf-8", errors="replace")
-        if key.strip() != present.strip():  # it was answered, and the process ended before the file was removed
-            return key
+        try:
+            require_key(key, store.next_key)
+        except ConfigError as error:
+            logger.warning(f"{error}; making another one")
+        else:
+            if key.strip() != present.strip():  # it was answered, and the process ended before the file was removed
+                return key
     key = new_key()
     write_atomically(store.next_key, key.encode(), durable=True, private=True)
     return key

@@ -28,7 +28,9 @@ from edge_runtime.data.proposals import NothingToTrainError, describe_proposed
 from edge_runtime.data.rehearsal import with_rehearsal
 from edge_runtime.data.samples import Sample, SampleChangedError
 from edge_runtime.engines.memory import peak_rss_mb
+from edge_runtime.engines.sessions import CPU
 from edge_runtime.resources.throttle import LevelCapTracker, StepControl, WorkStoppedError
+from edge_runtime.resources.unfinished import UnfinishedWork
 from edge_runtime.settings import Secure
 from edge_runtime.training.alone import personalize_alone
 from edge_runtime.training.context import DeviceContext
@@ -105,10 +107,12 @@ class RoundRunner:
         secure: Secure = Secure.OFF,
         max_epsilon: float | None = None,
         rehearse: int = 0,
+        provider: str = CPU,
     ) -> None:
         """`scan_report` receives the progress of scans. `identity`: the file whose key signs keys of secure sums.
         `secure`: what leaves the device with secure aggregation only. `max_epsilon`: its privacy budget. `rehearse`:
-        how many deleted samples of each class training goes on with (`edge_runtime.data.rehearsal`).
+        how many deleted samples of each class training goes on with (`edge_runtime.data.rehearsal`). `provider`: that
+        of the engine and the features, which is counted while a round is computed.
         """
         self.device = device
         self.control = control
@@ -119,6 +123,7 @@ class RoundRunner:
         self._identity = identity
         self._required = secure
         self._rehearse = rehearse
+        self._provider = provider
         self._skipped: frozenset[SkippedFile] = frozenset()
         self._list_skipped()
         log_proposed(device.scanned.proposed)
@@ -182,6 +187,10 @@ class RoundRunner:
         error the round can be computed again, with the same result. Raises RunError if it refuses secure sums, or if
         the round would pass its privacy budget.
         """
+        with UnfinishedWork(self.device.store.root).counted(self._provider):
+            return self._run(round_, bytes_down)
+
+    def _run(self, round_: Round, bytes_down: int) -> float:
         if round_.stage is Stage.FINISHED:
             return self._personalize_alone(round_)
         if round_.stage in REQUIRED[self._required] and not round_.secure:

@@ -13,10 +13,11 @@ from edge_runtime.engines.runtime import onnxruntime
 from fedfmsl.algorithms.arrays import Floats
 from fedfmsl.common.onnx_runtime import keep_int8_exact
 from fedfmsl.errors import BundleError
-from fedfmsl.protocol.bundle import Bundle
+from fedfmsl.protocol.bundle import FP16, Bundle
 
 CPU = "cpu"
 ON_PROCESSOR = (CPU, OPENVINO)  # providers that compute in the memory and with the caches of the processor
+IN_FP16 = "-fp16"  # ends the name of a provider that computes the graphs with products in float16, like "cuda-fp16"
 PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}  # TF32 keeps 10 bits; states agree with the CPU's
 
 UNAVAILABLE = ("the installed ONNX Runtime has no execution provider", "ONNX Runtime cannot start")  # errors begin so
@@ -27,7 +28,10 @@ InferenceSession: TypeAlias = Any  # the class belongs to the installed ONNX Run
 def open_session(
     bundle: Bundle, name: str, threads: int, prepack: bool = True, provider: str = CPU
 ) -> InferenceSession:
-    """A session of the bundle's graph `name`. Raises BundleError as `open_model` does."""
+    """A session of the bundle's graph `name`, or with products in float16 if the provider's name ends with IN_FP16.
+    Raises BundleError as `open_model` does."""
+    if provider.endswith(IN_FP16):
+        name, provider = f"{FP16}{name}", provider.removesuffix(IN_FP16)
     return open_model(bundle.path(name), threads, prepack, provider)
 
 

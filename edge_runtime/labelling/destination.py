@@ -51,7 +51,8 @@ class Destination:
         if label in classes:
             return
         if is_new:
-            if reason := name_fault(label, classes):
+            known = self.new_classes
+            if reason := "" if label in known else name_fault(label, (*classes, *known)):
                 raise InputError(f"the name {one_line(repr(label))} {reason}")
         elif label not in self.new_classes:
             raise InputError(f"{one_line(repr(label))} is not a class of the list; choose one of it")

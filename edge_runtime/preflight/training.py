@@ -13,7 +13,7 @@ from edge_runtime.data.proposals import NothingToTrainError, describe_proposed
 from edge_runtime.data.sample_reader import SampleReader
 from edge_runtime.engines.factory import open_engine
 from edge_runtime.preflight.context import Context, Finding, format_size
-from edge_runtime.resources.plan import largest_extent, measure_minimum, planned_bundle
+from edge_runtime.resources.plan import largest_extent, measure_minimum
 from edge_runtime.resources.providers import describe_choice, provider_for
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
@@ -26,10 +26,10 @@ from fedfmsl.protocol.task_bundle import TaskBundle
 
 def check_bundle(settings: Settings, context: Context) -> Iterator[Finding]:
     """The bundle that a run would use: --bundle, or the server's, which is not downloaded here. Without a server, the
-    one that the device last started with."""
+    one that the device uses."""
     announced = context.server.bundle if context.server else ""
     store = DeviceStore(settings.state)
-    expected = announced or planned_bundle(store)
+    expected = announced or store.present_bundle
     root = settings.bundle or (store.bundles / expected if expected else None)
     if root is not None and (settings.bundle or (root / MANIFEST).is_file()):
         bundle = Bundle.load(root)

@@ -113,14 +113,6 @@ def make_plan(
     return plan
 
 
-def planned_bundle(store: DeviceStore) -> str:
-    """SHA-256 of the bundle that the device last started with. "": it has not started yet."""
-    try:
-        return _StoredPlan.model_validate_json((store.root / "plan.json").read_bytes()).conditions.bundle
-    except (OSError, ValidationError):
-        return ""
-
-
 def largest_extent(memory: int | None) -> int:
     """Bytes that reading one sample may take: half of the limit `memory`, so that no single file decides what fits."""
     return _budget(memory) // 2

@@ -23,6 +23,8 @@ STATE/personalized.onnx  the personalized model in one file
 STATE/exported           session and round of that file
 STATE/lock               held by the process that uses this directory
 STATE/plan.json          the measured memory plan
+STATE/provider.json      the execution provider in use, and what the trials found
+STATE/unfinished.json    see `edge_runtime.resources.unfinished`
 STATE/verified.json      see `edge_runtime.store.verified_bundle`
 STATE/health.json        the last health message
 STATE/skipped.txt        files that are not used, and why
@@ -132,6 +134,14 @@ class DeviceStore:
     def bundles(self) -> Path:
         """Downloaded bundles, each in a folder named by its SHA-256."""
         return self.root / "bundles"
+
+    @property
+    def present_bundle(self) -> str:
+        """SHA-256 of the downloaded bundle that the device uses. "": there is none yet."""
+        try:
+            return (self.bundles / "used").read_text("ascii", errors="replace").split()[0]
+        except (OSError, IndexError):
+            return ""
 
     def keep_bundles(self, present: str, of_model: str = "") -> None:
         """Removes all downloaded bundles but the `present` one, the one before it, and that of the personalized model.

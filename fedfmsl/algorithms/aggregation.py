@@ -9,21 +9,21 @@ see SAL). A contribution of a lower level holds only the first parts.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import groupby
-from math import floor
 from pathlib import Path
 
 import numpy as np
 
-from fedfmsl.algorithms.agreement import agreeing, agreements, recent_agreements
+from fedfmsl.algorithms.agreement import agreeing, agreements, directions, recent_agreements
 from fedfmsl.algorithms.arrays import Doubles, Parts, Vector
-from fedfmsl.algorithms.bounds import l2_norm
 from fedfmsl.algorithms.checks import check_range
+from fedfmsl.algorithms.steps import Values, dense, norm_of
 from fedfmsl.algorithms.stored_rows import stored_rows
+from fedfmsl.algorithms.vector_sums import weighted_sums
 
 FLOAT_BYTES = 4
 SORT_BYTES = 4 * 1024 * 1024  # memory for the values that a robust rule keeps or sorts at a time
@@ -33,15 +33,17 @@ SORT_BYTES = 4 * 1024 * 1024  # memory for the values that a robust rule keeps o
 class Contribution:
     """One client update. `read` returns its first `size` values. `agreement`: that of the device's former rounds, for
     `ScreenedMean`; None of a new one. `owner`: its device, if a round may have several of one; "": nobody else's.
+    `norm`: its L2 norm; None: unknown, so it is computed where it is needed.
 
     A contribution of weight 0 is ignored. Raises ValueError if the weight is negative or not finite.
     """
 
     weight: float
     size: int
-    read: Callable[[], Vector]
+    read: Callable[[], Values]
     agreement: float | None = None
     owner: str = ""
+    norm: float | None = None
 
     def __post_init__(self) -> None:
         check_range(self, "weight", at_least=0)
@@ -50,6 +52,15 @@ class Contribution:
     def of(cls, update: Vector, weight: float = 1.0) -> Contribution:
         """A contribution that is in memory."""
         return cls(weight, update.size, lambda: update)
+
+    def in_memory(self) -> Contribution:
+        """The same, read once."""
+        values = self.read()
+        return replace(self, read=lambda: values)
+
+    def length(self) -> float:
+        """Its L2 norm."""
+        return norm_of(self.read()) if self.norm is None else self.norm
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,7 @@ class AggregationRule(ABC):
         Raises ValueError if a contribution does not end where a part ends, OSError if the file cannot be written.
         """
         delta = np.zeros(_checked_size(contributions, parts))
-        regions = [region for region in _regions(parts, contributions) if len(region.contributions) >= least]
+        regions = _regions(parts, contributions, least)
         if regions:
             self._combine(regions, delta, scratch)
         return Aggregate(delta, tuple(region.span for region in regions))
@@ -104,12 +115,14 @@ class AggregationRule(ABC):
         """Writes the combined values of the regions into `delta`. The first region has the most contributions: those of
         every other region are among them."""
 
-    def _read(self, contribution: Contribution) -> Vector:
-        vector = contribution.read()
-        if self.clip is None:
-            return vector
-        norm = l2_norm(vector)
-        return vector if norm <= self.clip else vector * np.float32(self.clip / norm)
+    def clipped(self, limit: float) -> AggregationRule:
+        """The rule with a clip of at most `limit`, which may be infinite."""
+        lowest = min(limit, math.inf if self.clip is None else self.clip)
+        return self if math.isinf(lowest) else replace(self, clip=lowest)
+
+    def _factor(self, norm: float) -> float:
+        """What an update of this norm is scaled down by."""
+        return 1.0 if self.clip is None or norm <= self.clip else self.clip / norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,13 +130,11 @@ class WeightedMean(AggregationRule):
     """Σ w·Δ / Σ w (FedAvg, McMahan et al., AISTATS 2017). Memory does not depend on the number of contributions."""
 
     def _combine(self, regions: Sequence[Region], delta: Doubles, scratch: Path | None) -> None:
-        for contribution in regions[0].contributions:
-            vector = self._read(contribution)
-            for region in regions:
-                if contribution.size >= region.span.stop:
-                    delta[region.span] += np.multiply(vector[region.span], contribution.weight, dtype=np.float64)
-        for region in regions:
-            delta[region.span] /= sum(c.weight for c in region.contributions)
+        contributions = regions[0].contributions
+        weights = [c.weight * (1.0 if self.clip is None else self._factor(c.length())) for c in contributions]
+        size = max(contribution.size for contribution in contributions)
+        (total,) = weighted_sums(lambda index: contributions[index].read(), np.array([weights]), size)
+        _divide(total, regions, delta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +154,11 @@ class _InnerMean(AggregationRule):
     @abstractmethod
     def _cut(self, n: int) -> int:
         """How many of n values are left out at each end."""
+
+    def _read(self, contribution: Contribution) -> Vector:
+        values = contribution.read()
+        factor = 1.0 if self.clip is None else self._factor(norm_of(values))
+        return dense(values) if factor == 1.0 else dense(values) * np.float32(factor)
 
     def _combine(self, regions: Sequence[Region], delta: Doubles, scratch: Path | None) -> None:
         contributions = regions[0].contributions
@@ -174,7 +190,7 @@ class TrimmedMean(_InnerMean):
         check_range(self, "trim", at_least=0, below=0.5)
 
     def _cut(self, n: int) -> int:
-        return min(max(floor(self.trim * n + 1e-9), self.trim > 0), (n - 1) // 2)
+        return min(max(math.floor(self.trim * n + 1e-9), self.trim > 0), (n - 1) // 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +205,8 @@ class CoordinateMedian(_InnerMean):
 class ScreenedMean(WeightedMean):
     """The weighted mean of the contributions that agree with the others (see `fedfmsl.algorithms.agreement`).
 
-    Works through the contributions three times. Those of more than `memory_bytes` are read each time: a file for them
-    would take as long to read, and longer to write.
+    Works through the contributions twice, and through those that it leaves out a third time, to subtract them. Those of
+    more than `memory_bytes` are read each time: a file for them would take as long to read, and longer to write.
     """
 
     memory_bytes: int = SORT_BYTES
@@ -198,24 +214,36 @@ class ScreenedMean(WeightedMean):
     def aggregate(
         self, contributions: Sequence[Contribution], parts: Parts, least: int = 1, scratch: Path | None = None
     ) -> Aggregate:
-        size = _checked_size(contributions, parts)
-        used = [index for index, contribution in enumerate(contributions) if contribution.weight > 0]
-        is_small = len(used) * size * FLOAT_BYTES <= self.memory_bytes
-        rows = [self._read(contributions[index]) for index in used] if is_small else []
+        whole = _checked_size(contributions, parts)
+        used = [contribution for contribution in contributions if contribution.weight > 0]
+        sizes = [contribution.size for contribution in used]
+        if sum(sizes) * FLOAT_BYTES <= self.memory_bytes:
+            used = [contribution.in_memory() for contribution in used]
+        norms = [contribution.length() for contribution in used]
+        weights = np.array([c.weight * self._factor(norm) for c, norm in zip(used, norms, strict=True)])
+        owners = [contribution.owner or index for index, contribution in enumerate(used)]
 
-        def read(row: int) -> Vector:
-            return rows[row] if is_small else self._read(contributions[used[row]])
+        def read(index: int) -> Values:
+            return used[index].read()
 
-        former = [contributions[index].agreement for index in used]
-        owners = [contributions[index].owner or index for index in used]
-        recent = recent_agreements(agreements(owners, size, read), former)
-        kept = list(contributions)
-        for row, (index, agrees) in enumerate(zip(used, agreeing(recent), strict=True)):
-            weight = contributions[index].weight if agrees else 0.0
-            kept[index] = Contribution(weight, contributions[index].size, partial(read, row))
-        combined = WeightedMean().aggregate(kept, parts, least)
-        found = dict(zip(used, recent, strict=True))
-        return replace(combined, agreements=tuple(found.get(index) for index in range(len(contributions))))
+        size = max(sizes, default=0)
+        total, weighted = weighted_sums(read, np.array([directions(norms), weights]), size)
+        found = agreements(owners, norms, sizes, total, read)
+        recent = recent_agreements(found, [contribution.agreement for contribution in used])
+        kept = np.array(agreeing(recent), np.bool_)
+        weighted -= weighted_sums(read, (weights * ~kept)[None], size)[0]
+        regions = _regions(parts, [used[index] for index in np.flatnonzero(kept)], least)
+        delta = np.zeros(whole)
+        _divide(weighted, regions, delta)
+        each = iter(recent)
+        shown = tuple(next(each) if contribution.weight > 0 else None for contribution in contributions)
+        return Aggregate(delta, tuple(region.span for region in regions), shown)
+
+
+def _divide(total: Doubles, regions: Sequence[Region], delta: Doubles) -> None:
+    """Writes the mean of each region into `delta`. `total`: the sum of the weighted updates."""
+    for region in regions:
+        delta[region.span] = total[region.span] / sum(c.weight for c in region.contributions)
 
 
 def _checked_size(contributions: Sequence[Contribution], parts: Parts) -> int:
@@ -227,12 +255,13 @@ def _checked_size(contributions: Sequence[Contribution], parts: Parts) -> int:
     return max(ends)
 
 
-def _regions(parts: Parts, contributions: Sequence[Contribution]) -> Iterator[Region]:
-    """The trained regions in order. A contribution that trained a part has trained all parts before it, so the number
-    of contributions falls from region to region."""
-    weighted = [c for c in contributions if c.weight > 0]
+def _regions(parts: Parts, contributions: Sequence[Contribution], least: int) -> list[Region]:
+    """The regions that at least `least` contributions trained, in order. A contribution that trained a part has trained
+    all parts before it, so the number of contributions falls from region to region."""
+    weighted, regions = [c for c in contributions if c.weight > 0], []
     for count, group in groupby(parts.values(), key=lambda part: sum(c.size >= part.stop for c in weighted)):
         run = list(group)
-        if count:
+        if count >= max(least, 1):
             span = slice(run[0].start, run[-1].stop)
-            yield Region(span, tuple(c for c in weighted if c.size >= span.stop))
+            regions.append(Region(span, tuple(c for c in weighted if c.size >= span.stop)))
+    return regions

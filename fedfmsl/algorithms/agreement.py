@@ -1,6 +1,7 @@
 """Which updates take part in an average: those whose direction agrees with that of the others (ours).
 
-    found = agreements(devices, size, read)
+    total = weighted_sums(read, directions(norms)[None], size)[0]
+    found = agreements(devices, norms, sizes, total, read)
     recent = recent_agreements(found, former)
     kept = agreeing(recent)
 
@@ -11,13 +12,14 @@ inconspicuous. A single round says little of devices with different classes, so 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from statistics import median
 
 import numpy as np
 
-from fedfmsl.algorithms.arrays import Doubles, Vector
-from fedfmsl.algorithms.bounds import l2_norm
+from fedfmsl.algorithms.arrays import Doubles
+from fedfmsl.algorithms.steps import dense
+from fedfmsl.algorithms.vector_sums import Read, products
 
 LEAST = 0.5  # of the median agreement: less takes no part
 CHANCE = 0.1  # and this far below it, because all agreements approach zero as training converges
@@ -25,29 +27,37 @@ DECAY = 0.5  # of the weight of an earlier round
 ROUNDING = 1e-9  # of the squared length of a sum of directions
 
 
-def agreements(owners: Sequence[Hashable], size: int, read: Callable[[int], Vector]) -> list[float]:
-    """For each vector (n,), n ≤ `size`: the cosine between it and the sum of the directions of other owners' vectors.
+def directions(norms: Sequence[float]) -> Doubles:
+    """The weights (n,) with which the sum of vectors of these norms is that of their directions."""
+    lengths = np.asarray(norms, np.float64)
+    return np.divide(1, lengths, out=np.zeros(len(lengths)), where=lengths != 0)
 
-    `owners`: of each vector. `read` returns a vector by its index, and is called twice for each, and more often for
-    those of an owner of several. 0 for a vector of zeros, or without others.
+
+def agreements(
+    owners: Sequence[Hashable], norms: Sequence[float], sizes: Sequence[int], total: Doubles, read: Read
+) -> list[float]:
+    """For each vector (n,): the cosine between it and the sum of the directions of other owners' vectors.
+
+    `owners`, `norms`, `sizes`: of each vector. `total` (P,), n ≤ P: the sum of all directions. `read` returns a vector
+    by its index, and is called once for each, and more often for those of an owner of several. 0 for a vector of zeros,
+    or without others.
     """
-    total, of_owner, norms = np.zeros(size), defaultdict(list), []
+    of_owner = defaultdict(list)
     for index, owner in enumerate(owners):
-        vector = read(index)
-        norms.append(l2_norm(vector))
-        _add_direction(total, vector, norms[-1])
         of_owner[owner].append(index)
-    squares: dict[int, float] = {}  # of the first n values of `total`, by n
-    found = []
+    alone = [own[0] for own in of_owner.values() if len(own) == 1]
+    along = dict(zip(alone, products(read, alone, total), strict=True))
+    weights, found = directions(norms), []
+    squares = {size: float(np.square(total[:size]).sum()) for size in set(sizes)}
     for index, owner in enumerate(owners):
-        vector, others = read(index), set(of_owner[owner]) - {index}
-        rest = _without(total, others, norms, read)[: vector.size]
-        square = None if others else squares.get(vector.size)
-        if square is None:
-            square = float(np.square(rest).sum())
-        if not others:
-            squares[vector.size] = square
-        found.append(_agreement(vector, norms[index], rest, square))
+        others = [other for other in of_owner[owner] if other != index]
+        if others:
+            vector = dense(read(index))
+            rest = _without(total, others, weights, read)[: vector.size]
+            product, square = float((vector * rest).sum()), float(np.square(rest).sum())
+        else:
+            product, square = along[index], squares[sizes[index]]
+        found.append(_agreement(product, norms[index], square))
     return found
 
 
@@ -65,26 +75,20 @@ def agreeing(recent: Sequence[float]) -> list[bool]:
     return [each >= usual - max((1 - LEAST) * usual, CHANCE) for each in recent]
 
 
-def _add_direction(total: Doubles, vector: Vector, norm: float) -> None:
-    """Adds the direction of a vector (n,) of this norm to the first n values of `total`; with -norm, subtracts it."""
-    if norm != 0:
-        total[: vector.size] += np.multiply(vector, 1 / norm, dtype=np.float64)
-
-
-def _without(total: Doubles, indices: Iterable[int], norms: Sequence[float], read: Callable[[int], Vector]) -> Doubles:
-    """`total` without the directions of these vectors."""
-    if not (left_out := sorted(indices)):
-        return total
+def _without(total: Doubles, indices: Iterable[int], weights: Doubles, read: Read) -> Doubles:
+    """`total` without these vectors, each times its weight."""
     rest = total.copy()
-    for index in left_out:
-        _add_direction(rest, read(index), -norms[index])
+    for index in indices:
+        vector = dense(read(index))
+        rest[: vector.size] -= np.multiply(vector, weights[index], dtype=np.float64)
     return rest
 
 
-def _agreement(vector: Vector, norm: float, total: Doubles, square: float) -> float:
-    """The cosine of a vector (n,) of this norm and `total` (n,) without the vector's direction. `square`: Σ total²."""
+def _agreement(product: float, norm: float, square: float) -> float:
+    """The cosine of a vector of this norm and a sum of directions without its own. `product`: of the vector and the
+    sum with it; `square`: of the length of the sum with it."""
     if norm == 0:
         return 0.0
-    along = float((vector * total).sum()) / norm
+    along = product / norm
     others = square - 2 * along + 1
     return (along - 1) / others**0.5 if others > ROUNDING else 0.0

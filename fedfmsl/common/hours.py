@@ -27,7 +27,7 @@ _WHEN = re.compile(rf"(?:({_DAY})(?:-({_DAY}))? )?({_TIME})-({_TIME}|24:00)")
 @dataclass(frozen=True)
 class Hours:
     """A time span that repeats, in the local time of the machine. `days`: the first and the last weekday on which it
-    begins; 0 is Monday. `begin` and `end`: minutes of the day. If `end` is not after `begin`, it is on the next day."""
+    begins; 0 is Monday. `begin` and `end`: minutes of the day. If `end` is before `begin`, it is on the next day."""
 
     days: tuple[int, int]
     begin: int
@@ -42,12 +42,14 @@ class Hours:
         first, last, *times = found.groups()
         days = (DAYS.index(first), DAYS.index(last or first)) if first else (0, len(DAYS) - 1)
         begin, end = (60 * int(hour) + int(minute) for hour, _, minute in (time.partition(":") for time in times))
+        if begin == end:
+            raise ValueError(f"{text!r} begins when it ends; write 00:00-24:00 for whole days")
         return cls(days, begin, end)
 
     def __contains__(self, now: datetime) -> bool:
         minute = now.weekday() * DAY + now.hour * 60 + now.minute
         first, last = self.days
-        length = (self.end - self.begin) % DAY or DAY
+        length = (self.end - self.begin) % DAY or DAY  # 00:00-24:00 has a day
         begins = (DAY * (first + day) + self.begin for day in range((last - first) % len(DAYS) + 1))
         return any((minute - begin) % WEEK < length for begin in begins)
 

@@ -11,7 +11,8 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from fedfmsl.common.exit_codes import INTERRUPTED, TERMINATED
 from fedfmsl.common.settings import File, SettingsModel, panel
 from fedfmsl.errors import ConfigError
 
@@ -50,6 +52,18 @@ def fields(**values: Any) -> dict[str, Any]:
     if RESERVED & values.keys():
         raise ValueError(f"{', '.join(sorted(RESERVED & values.keys()))}: every log line has it; choose another name")
     return {"extra": {"fields": values}}
+
+
+@contextmanager
+def signals_logged(logger: logging.Logger, then: str) -> Iterator[None]:
+    """Logs that SIGINT or SIGTERM has ended this process (`fedfmsl.common.cli`). `then`: what the next start does."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as end:
+        code = INTERRUPTED if isinstance(end, KeyboardInterrupt) else end.code
+        if code in (INTERRUPTED, TERMINATED):
+            logger.info(f"stopped by {'Ctrl-C' if code == INTERRUPTED else 'SIGTERM'}; {then}")
+        sys.exit(code)
 
 
 def set_up_logging(form: LogFormat = "text", file: Path | None = None) -> None:

@@ -5,7 +5,7 @@ With ten thousand items a copy of a dict for each change would cost more than al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, ItemsView, Iterator, Mapping, ValuesView
 from typing import Any, ParamSpec, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -48,8 +48,32 @@ class PersistentMap(Mapping[K, V]):
         for bucket in self._buckets:
             yield from bucket
 
+    def items(self) -> ItemsView[K, V]:
+        return _Items(self)
+
+    def values(self) -> ValuesView[V]:
+        return _Values(self)
+
     def __len__(self) -> int:
         return self._count
+
+
+class _Items(ItemsView[K, V]):
+    """Those of the buckets, without a look for each key."""
+
+    _mapping: PersistentMap[K, V]
+
+    def __iter__(self) -> Iterator[tuple[K, V]]:
+        for bucket in self._mapping._buckets:
+            yield from bucket.items()
+
+
+class _Values(ValuesView[V]):
+    _mapping: PersistentMap[Any, V]
+
+    def __iter__(self) -> Iterator[V]:
+        for bucket in self._mapping._buckets:
+            yield from bucket.values()
 
 
 def remembered(function: Callable[P, R]) -> Callable[P, R]:

@@ -101,7 +101,17 @@ def checked(check: Callable[[str], object]) -> AfterValidator:
 
 
 def _split_list(value: Any) -> Any:
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return [part.strip() for part in not_empty(value).split(",") if part.strip()]
+
+
+def not_empty(value: Any) -> Any:
+    """The value as it is. Raises ValueError if it is an empty text, as of an environment variable that is not set: it
+    would mean the present folder, or no limit."""
+    if isinstance(value, str) and not value.strip(" ,"):
+        raise ValueError("is empty; give a value, or leave it out")
+    return value
 
 
 def panel(name: str) -> dict[str, Any]:
@@ -110,7 +120,7 @@ def panel(name: str) -> dict[str, Any]:
 
 
 CommaSeparated = BeforeValidator(_split_list)  # a list in a file, a text with commas in a flag or variable
-File = Annotated[Path, AfterValidator(Path.expanduser)]
+File = Annotated[Path, BeforeValidator(not_empty), AfterValidator(Path.expanduser)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -301,4 +311,4 @@ def _explain(details: ErrorDetails, places: Mapping[str, Place], config: Path | 
     _, quoted, predicate = message.partition(value)
     if quoted and value[0] in "'\"":  # shows the value once
         return line, f"{name}{value}{predicate}"
-    return line, f"{name}{value}: {message}"
+    return line, f"{name}{value}{'' if message.startswith('is ') else ':'} {message}"

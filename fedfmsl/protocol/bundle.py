@@ -9,6 +9,8 @@
     predict-{k}.onnx        level k: hidden state, trainables → class logits, class-token feature
     personal-{k}.onnx       level k: pixels, both experts, gate, temperature → class probabilities (a template)
     gate-step.onnx, gate-predict.onnx
+    fp16-features.onnx, fp16-lift-{j}.onnx, fp16-step-{k}.onnx, fp16-predict-{k}.onnx
+                            the same graphs with products in float16, for GPUs (optional)
     init.safetensors        the LoRA and the gate adapter that every run starts from
     tokenizer.json          of a text model: the tokenizer, in the format of Hugging Face's `tokenizers`
     ort-training-{k}.onnx, ort-training-{k}.checkpoint, ort-training-optimizer.onnx
@@ -41,6 +43,7 @@ from fedfmsl.protocol.setting_types import Precision
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 TOKENIZER = "tokenizer.json"
+FP16 = "fp16-"  # begins the names of the graphs with products in float16
 RGB = tuple[float, float, float]
 Filter = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 FILTERS: tuple[Filter, ...] = get_args(Filter)  # by Pillow's number
@@ -220,12 +223,18 @@ class Bundle:
         except (OSError, UnicodeDecodeError) as error:
             raise BundleError(f"bundle {self.root}: {TOKENIZER} is not readable; build it again") from error
 
+    @property
+    def has_fp16(self) -> bool:
+        """Whether it has graphs with products in float16."""
+        return f"{FP16}features.onnx" in self.manifest.files
+
     @cached_property
     def features_key(self) -> str:
         """Key of cached features. Changes if weights, features graph or preprocessing change."""
         files = self.manifest.files
+        names = "backbone.weights", "features.onnx", f"{FP16}features.onnx", TOKENIZER
         parts = (
-            *(files[name].sha256 for name in ("backbone.weights", "features.onnx", TOKENIZER) if name in files),
+            *(files[name].sha256 for name in names if name in files),
             self.manifest.preprocessing.model_dump_json(),
         )
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

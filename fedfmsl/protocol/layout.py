@@ -38,7 +38,7 @@ class Slot(BaseModel):
 
 
 class Layout:
-    """Consecutive slots of one flat vector. `parts` has the range of each part."""
+    """Consecutive slots of one flat vector. `ends`: where they end. `parts` has the range of each part."""
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self.slots = tuple(slots)
@@ -47,6 +47,7 @@ class Layout:
             if slot.offset != offset:
                 raise ValueError(f"slot {slot.name!r} starts at {slot.offset}, expected {offset}")
             offset = slot.end
+        self.ends = tuple(slot.end for slot in self.slots)
         self.parts: dict[str, slice] = {
             part: slice(group[0].offset, group[-1].end)
             for part, group in ((p, list(g)) for p, g in groupby(self.slots, key=lambda s: s.part))

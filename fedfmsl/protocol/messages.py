@@ -6,7 +6,7 @@ A message may come from an unauthorized client: each field has bounds, and each 
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -365,7 +365,6 @@ class Ack(Message):
 
 
 M = TypeVar("M", bound=Message)
-_FIELDS: dict[type[Message], set[str]] = {}
 
 
 def parse(message_type: type[M], payload: bytes) -> M:
@@ -379,11 +378,38 @@ def parse(message_type: type[M], payload: bytes) -> M:
 
 
 def compact(message: M) -> M:
-    """The message in half of the memory: all messages of a type share pydantic's set of the fields that were given. It
-    is used nowhere, and a message is never changed."""
-    fields = _FIELDS.setdefault(type(message), set(type(message).model_fields))
-    object.__setattr__(message, "__pydantic_fields_set__", fields)
+    """The message in half of the memory, for a server that keeps those of ten thousand devices.
+
+    All messages of a type share the keys of their fields, pydantic's set of the fields that were given, which is used
+    nowhere, and each value that is equal to that of the latest message. A message is never changed.
+    """
+    kind = type(message)
+    if kind not in _LATEST:
+        _LATEST[kind] = _with_shared_keys(tuple(vars(message))), set(kind.model_fields)
+    latest, given = _LATEST[kind]
+    fields = latest.copy()
+    for name, value in vars(message).items():
+        if value != latest[name]:
+            fields[name] = value
+    _LATEST[kind] = fields, given
+    object.__setattr__(message, "__dict__", fields)
+    object.__setattr__(message, "__pydantic_fields_set__", given)
     return message
+
+
+# By type: the fields of the latest message, and the names of all fields.
+_LATEST: dict[type[Message], tuple[dict[str, Any], set[str]]] = {}
+
+
+def _with_shared_keys(names: tuple[str, ...]) -> dict[str, Any]:
+    """A dict of None that shares its keys with its copies, as those of the attributes of objects do in CPython."""
+    kind = type("Fields", (), {})
+    for _ in range(2 * len(names)):  # the first ones reserve space for further keys
+        one = kind()
+        for name in names:
+            setattr(one, name, None)
+    fields: dict[str, Any] = vars(one)
+    return fields
 
 
 def first_error(error: ValidationError) -> str:

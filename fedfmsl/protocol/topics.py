@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from fedfmsl.errors import ConfigError
 
@@ -108,7 +109,7 @@ class Topics:
     def device_of(self, topic: str) -> str | None:
         """The device that a topic belongs to, or None."""
         parts = self._below_root(topic)
-        known = parts[:1] == ["devices"] and len(parts) > 2
+        known = len(parts) > 2 and parts[0] == "devices"
         return parts[1] if known and _NAME.fullmatch(parts[1]) else None
 
     def update_of(self, topic: str) -> tuple[str, int] | None:
@@ -122,7 +123,7 @@ class Topics:
     def globals_of(self, topic: str) -> str | None:
         """SHA-256 of the topic of a chunk of globals; None for other topics."""
         parts = self._below_root(topic)
-        known = parts[:1] == ["globals"] and len(parts) == 3
+        known = len(parts) == 3 and parts[0] == "globals"
         return parts[1] if known and _SHA256.fullmatch(parts[1]) else None
 
     def has(self, topic: str) -> bool:
@@ -134,7 +135,11 @@ class Topics:
         # a device may write anything below its updates
         return topic in [each(device) for each in own] or topic.startswith(f"{self.root}/devices/{device}/update/")
 
-    def _below_root(self, topic: str) -> list[str]:
+    def _below_root(self, topic: str) -> tuple[str, ...]:
         """The levels of a topic of the run without `root`; none for another topic."""
-        root = f"{self.root}/"
-        return topic[len(root) :].split("/") if topic.startswith(root) else []
+        return _levels(f"{self.root}/", topic)
+
+
+@lru_cache(maxsize=64)  # a server asks several times for the parts of each topic
+def _levels(root: str, topic: str) -> tuple[str, ...]:
+    return tuple(topic[len(root) :].split("/")) if topic.startswith(root) else ()

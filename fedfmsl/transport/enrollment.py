@@ -136,6 +136,14 @@ def new_key() -> str:
     ).decode()
 
 
+def require_key(pem: str, path: object) -> None:
+    """Raises ConfigError if `pem`, which the file `path` holds, is no key of a device."""
+    try:
+        _private(pem)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
 def first_request(key: str, token: Token) -> str:
     """The request for a device's first certificate, in PEM. `key`: its new private key in PEM. Raises ConfigError."""
     private = _private(key)

@@ -25,6 +25,19 @@ def parse_listen(address: str) -> tuple[str, int]:
     return host, port
 
 
+def parse_reachable(address: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT as other machines reach it. Raises ConfigError."""
+    host, port = parse_listen(address)
+    if host in ANY:
+        raise ConfigError(f"{address!r}: devices cannot reach {host}; give a name or an address of this machine")
+    return host, port
+
+
+def openable(host: str) -> str:
+    """A host that a browser on another machine can open: for all addresses of this machine, its name."""
+    return socket.gethostname() if host in ANY else host
+
+
 def listen(flag: str, host: str, port: int, anywhere: bool = False) -> list[socket.socket]:
     """Sockets that listen on every address of `host`, and do not block. `anywhere`: on all addresses of this machine if
     it has none of `host`, as in a container or behind address translation. Waits up to BIND_SECONDS for the port.

@@ -11,14 +11,14 @@ from fedfmsl.common.settings import File, SettingsModel, checked, panel
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.topics import ROOT, check_name, check_prefix
 from fedfmsl.transport.address import parse_address, require_loopback
-from fedfmsl.transport.listening import parse_listen
+from fedfmsl.transport.listening import parse_listen, parse_reachable
 
 RunName = Annotated[str, checked(partial(check_name, "run"))]
 DeviceName = Annotated[str, checked(partial(check_name, "device"))]
 TopicPrefix = Annotated[str, checked(check_prefix)]
 DiscoveryPrefix = Annotated[str, checked(lambda text: text and check_prefix(text))]
 Broker = Annotated[str, checked(parse_address)]
-Listen = Annotated[str, checked(parse_listen)]
+Reachable = Annotated[str, checked(parse_reachable)]
 
 
 def served(what: str, *permits: str) -> AfterValidator:

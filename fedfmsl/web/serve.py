@@ -24,6 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedfmsl.transport.address import is_loopback, netloc
 from fedfmsl.transport.identity import operator_of
+from fedfmsl.transport.listening import openable
 from fedfmsl.transport.server_contexts import ServerContexts, revocation_list_beside
 
 logger = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ class WebServer:
         """`context`: for TLS."""
         host, port = listeners[0].getsockname()[:2]
         self.port: int = port
-        self.url = f"{'https' if context else 'http'}://{netloc(host)}:{port}/"
+        self.url = f"{'https' if context else 'http'}://{netloc(openable(host))}:{port}/"
         config = uvicorn.Config(
             app,
             http=_Protocol,

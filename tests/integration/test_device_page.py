@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,7 +103,7 @@ def test_ten_photos_labelled_by_keyboard_join_the_next_round(
         samples = {line["round"]["round"]: line["updates"][FIRST]["samples"] for line in federation.rounds()}
         said = federation.devices[FIRST].stdout + federation.devices[FIRST].stderr
     assert samples[begun.round] == 12 < samples[begun.round + 2]
-    assert f"the page of this device is http://0.0.0.0:{port}/" in said and "Traceback" not in said
+    assert f"the page of this device is http://{socket.gethostname()}:{port}/" in said and "Traceback" not in said
 
 
 def wait_for_text(page: Page, text: str) -> None:

@@ -71,6 +71,7 @@ def build(
     classes: Sequence[str] = CLASSES,
     seed: int = 0,
     precision: Precision = "fp32",
+    fp16: bool = False,
 ) -> Built:
     """Builds the bundle of a transformers folder, at IMAGE_SIZE or MAX_TOKENS. It has a zero-shot head if the model has
     a text tower, and the files of onnxruntime-training if the tests run with that engine."""
@@ -83,7 +84,7 @@ def build(
     zero_shot = zero_shot_head(source, classes, TEMPLATES) if source.family.text_tower else None
     lora = source.family.lora(RANK)
     ort_training = precision == "fp32" and has_ort_training()
-    for _ in build_bundle(source, levels, lora, out, seed, precision, ort_training):
+    for _ in build_bundle(source, levels, lora, out, seed, precision, ort_training, fp16):
         pass
     bundle = Bundle.load(out)
     return Built(weights, write_task(bundle, Task.of(bundle.sha256, classes, "the test", zero_shot)), seed)
@@ -107,11 +108,14 @@ def shared_weights(name: str) -> Path:
 
 
 @cache
-def shared_bundle(name: str) -> Built:
-    """Its bundle at every level. All workers and later runs use the same folder, which is built again when the code
-    that it depends on changes. Read only: copy it to change it."""
+def shared_bundle(name: str, fp16: bool = False) -> Built:
+    """Its bundle at every level, with graphs in float16 if wanted. All workers and later runs use the same folder. It
+    is built again when the code that it depends on changes. Read only: copy it to change it."""
     weights = shared_weights(name)
-    bundle = TaskBundle.load(made_once(_shared() / "bundles" / name, lambda folder: build(weights, folder)))
+    made = made_once(
+        _shared() / "bundles" / (f"{name}-fp16" if fp16 else name), lambda folder: build(weights, folder, fp16=fp16)
+    )
+    bundle = TaskBundle.load(made)
     bundle.verify()
     return Built(weights, bundle)
 

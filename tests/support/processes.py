@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import secrets
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -31,6 +33,7 @@ from fedfmsl.protocol.messages import (
 from fedfmsl.protocol.topics import ROOT, Topics
 from fedfmsl.transport.link import Link, Received
 from support.tools import require_tool
+from support.warm_python import Ended, WarmPython
 from trainer_server.storage.run_store import RunStore
 
 SECONDS = 90.0  # timeout of every wait, for a busy machine
@@ -59,36 +62,22 @@ def answers(port: int, host: str = "127.0.0.1") -> bool:
         return probe.connect_ex((host, port)) == 0
 
 
-@dataclass(frozen=True)
-class Ended:
-    code: int
-    stdout: str
-    stderr: str
-
-    def assert_error(self, code: int, *parts: str) -> None:
-        """The process ended with `code` and one error line on stderr that contains every part."""
-        assert "Traceback" not in self.stdout + self.stderr
-        assert len(self.stderr.splitlines()) == 1, self.stderr
-        assert self.stderr.startswith("error: ")
-        assert [part for part in parts if part not in self.stderr] == [], self.stderr
-        assert self.code == code
-
-
 def run_module(
     module: str, *arguments: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None
 ) -> Ended:
     """`python -m module arguments` to its end."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "COLUMNS": "1000", **(environment or {})},
-    )
-    return Ended(done.returncode, done.stdout, done.stderr)
+    if environment is None:
+        return _warm_python().run(module, *arguments, cwd=cwd)
+    with WarmPython(environment=environment) as python:
+        return python.run(module, *arguments, cwd=cwd)
+
+
+@cache
+def _warm_python() -> WarmPython:
+    """The one of this process."""
+    python = WarmPython("devices.trial.run", "edge_runtime.daemon.launch", "simulation.run", "trainer_server.inspect")
+    atexit.register(python.close)
+    return python
 
 
 class Process:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+
 import numpy as np
 import pytest
 
 from fedfmsl.algorithms.aggregation import Contribution, ScreenedMean, WeightedMean
-from fedfmsl.algorithms.agreement import agreeing, agreements, recent_agreements
+from fedfmsl.algorithms.agreement import agreeing, agreements, directions, recent_agreements
 from fedfmsl.algorithms.arrays import Floats
+from fedfmsl.algorithms.bounds import l2_norm
+from fedfmsl.algorithms.vector_sums import weighted_sums
 
 PARTS = {"head": slice(0, 300), "0": slice(300, 400)}
 NOISE = 1.5  # relative to what the updates have in common: cosines of about 0.3, as of devices with different classes
@@ -17,6 +21,12 @@ def updates(devices: int, seed: int, common: float = 1.0) -> Floats:
     rng = np.random.default_rng(seed)
     shared = common * rng.normal(size=400)
     return np.asarray(shared + NOISE * rng.normal(size=(devices, 400)), np.float32)
+
+
+def agreements_of(owners: Sequence[Hashable], rows: Sequence[Floats]) -> list[float]:
+    norms, sizes = [l2_norm(row) for row in rows], [row.size for row in rows]
+    (total,) = weighted_sums(lambda index: rows[index], directions(norms)[None], max(sizes))
+    return agreements(owners, norms, sizes, total, lambda index: rows[index])
 
 
 def left_out(rows: Floats, former: list[float | None], weights: list[float] | None = None) -> tuple[list[int], Floats]:
@@ -56,11 +66,11 @@ def test_updates_against_the_others_are_left_out(devices: int, hostile: int, fac
 
 def test_two_updates_of_one_device_are_not_each_others_support() -> None:
     rows = updates(4, 0)
-    found = agreements(["a", "a", "b", "c"], 400, lambda index: rows[index])
+    found = agreements_of(["a", "a", "b", "c"], [*rows])
     for own in (0, 1):
-        alone = agreements(range(3), 400, lambda index, kept=rows[[own, 2, 3]]: kept[index])
+        alone = agreements_of(range(3), [*rows[[own, 2, 3]]])
         assert found[own] == pytest.approx(alone[0])
-    assert found[2:] == agreements(range(4), 400, lambda index: rows[index])[2:]
+    assert found[2:] == agreements_of(range(4), [*rows])[2:]
 
 
 def test_a_device_that_never_agrees_is_left_out_from_the_second_round_on() -> None:
@@ -71,7 +81,7 @@ def test_a_device_that_never_agrees_is_left_out_from_the_second_round_on() -> No
         rows = updates(6, round_)
         rows[0] = NOISE * np.random.default_rng([round_, 1]).normal(size=400)
         bad.append(left_out(rows, former)[0])
-        found = agreements(range(6), 400, lambda index, rows=rows: rows[index])
+        found = agreements_of(range(6), [*rows])
         former = [*recent_agreements(found, former)]
     assert bad[1:] == [[0], [0]]
 
@@ -92,7 +102,7 @@ def test_at_least_half_of_the_devices_are_kept(values: list[float]) -> None:
 def test_an_update_of_zeros_and_a_lower_level_do_not_disturb_the_others() -> None:
     rows = [*updates(6, 0)]
     rows[0], rows[1] = np.zeros(400, np.float32), rows[1][:300]
-    found = agreements(range(6), 400, lambda index: rows[index])
+    found = agreements_of(range(6), rows)
     assert found[0] == 0.0
     assert min(found[1:]) > 0.2
     contributions = [Contribution.of(row) for row in rows]

@@ -293,7 +293,7 @@ def test_wrong_arguments_of_enroll_are_named(arguments: tuple[str, ...], says: s
         (("token", "server"), "device name 'server' is reserved"),
         (("token", "a/b"), "device name 'a/b' is invalid"),
         (("sign", "missing.pem"), "missing.pem does not exist"),
-        (("serve", "0.0.0.0:8444"), "devices cannot reach 0.0.0.0; pass a name or an address of this machine"),
+        (("serve", "0.0.0.0:8444"), "devices cannot reach 0.0.0.0; give a name or an address of this machine"),
         (("serve", "münchen.example:8444"), "ADDRESS münchen.example: .*; pass a host's name or address"),
         (("serve", "localhost"), "is not HOST:PORT"),
     ],

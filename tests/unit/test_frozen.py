@@ -1,4 +1,4 @@
-"""Bundles with int8 weights: distance from float32, and independence of the batch."""
+"""Bundles with int8 weights: distance from float32, and independence of the batch. Graphs with products in float16."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.bundles import LAYERS, Built, as_input, build, random_samples, random_theta, run_graph
+from support.bundles import LAYERS, Built, as_input, build, random_samples, random_theta, run_graph, shared_bundle
 from support.samples import CLASSES
 from support.torch_reference import torch_step
 
+from edge_runtime.resources.provider_trial import cosine, relative_error
 from export.frozen import quantize
 from fedfmsl.algorithms.arrays import NEVER
+from fedfmsl.protocol.bundle import FP16
 
 B = 6
 
@@ -24,6 +26,11 @@ B = 6
 def int8(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
     weights: Path = request.getfixturevalue(request.param)
     return build(weights, tmp_path_factory.mktemp("bundles") / "int8", precision="int8")
+
+
+@pytest.fixture(scope="module", params=["vit", "bert"])
+def fp16(request: pytest.FixtureRequest) -> Built:
+    return shared_bundle(request.param, fp16=True)  # its build compares the graphs with torch
 
 
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 40), columns=st.integers(1, 9), spread=st.floats(0, 4))
@@ -67,6 +74,29 @@ def test_loss_and_gradient_are_close_to_torch(int8: Built, level: int) -> None:
     cosine = ours @ gradient / (np.linalg.norm(ours) * np.linalg.norm(gradient))
     assert cosine > 0.995
     assert abs(float(ours_loss) - loss) < 0.05 * loss
+
+
+@pytest.mark.parametrize("level", [1, LAYERS])
+@pytest.mark.parametrize("share", [1.0, 1e-7])
+def test_products_in_float16_are_rounded_and_keep_small_gradients(fp16: Built, level: int, share: float) -> None:
+    bundle, theta = fp16.bundle, random_theta(fp16.bundle, level, seed=2)
+    outputs, samples = [f"hidden_{level}", "pooled"], as_input(fp16, random_samples(fp16, B, seed=1))
+    hidden, pooled = run_graph(bundle, "features.onnx", outputs, **samples)
+    half_hidden, half_pooled = run_graph(bundle, f"{FP16}features.onnx", outputs, **samples)
+    assert 1e-5 < relative_error(half_pooled, pooled) < 2e-3
+    inputs = {
+        "labels": np.arange(B) % len(CLASSES),
+        "weights": np.full(B, share / B, np.float32),
+        "gate": np.zeros(B, np.float32),
+        "other": np.full(B, NEVER, np.float32),
+        "bias": np.zeros(len(CLASSES), np.float32),
+        "theta": theta,
+    }
+    loss, expected = run_graph(bundle, f"step-{level}.onnx", ["loss", "gradient"], hidden=hidden, **inputs)
+    found, gradient = run_graph(bundle, f"{FP16}step-{level}.onnx", ["loss", "gradient"], hidden=half_hidden, **inputs)
+    assert abs(found - loss) < 0.01 * loss
+    assert relative_error(gradient, expected) < 0.01
+    assert all(cosine(gradient[at], expected[at]) > 0.9999 for at in bundle.expert.parts_of(level).values())
 
 
 def test_the_result_for_a_sample_does_not_depend_on_its_batch(int8: Built) -> None:

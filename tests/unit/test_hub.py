@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from socketserver import BaseRequestHandler, ThreadingTCPServer
 
 import numpy as np
 import pytest
@@ -16,40 +13,15 @@ from support.bundles import IMAGE_SIZE, Built, build
 from support.hub import Hub
 from support.samples import CLASSES
 from support.tiny_models import write_clip
+from support.warm_python import Ended, WarmPython
 
 from export.weights import _is_hub_reachable, load_backbone
 from fedfmsl.errors import ConfigError, WeightsError
 from fedfmsl.protocol.bundle import Bundle
 from fedfmsl.protocol.task_bundle import TaskBundle
 
-ROOT = Path(__file__).parents[2]
 REPOSITORY = "openai/clip-vit-base-patch16"
 OLD, NEW = "1" * 40, "2" * 40
-
-
-class ClosingServer(ThreadingTCPServer):
-    """Closes every connection at once, and counts them."""
-
-    calls = 0
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), BaseRequestHandler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    def verify_request(self, *_: object) -> bool:
-        self.calls += 1
-        return False
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-@pytest.fixture
-def closing_server() -> Iterator[ClosingServer]:
-    server = ClosingServer()
-    yield server
-    server.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +48,27 @@ def built_of(weights: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     }
 
 
-def run_build(
-    url: str, home: Path, out: Path, *arguments: str, model: str = "clip-vit-b16"
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "export.build", "--model", model, "--levels", "1", "--out", str(out)]
-    options = ["--image-size", str(IMAGE_SIZE), "--classes", ",".join(CLASSES), *arguments]
-    environment = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*command, *options], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
+@pytest.fixture(scope="module")
+def python(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPython]:
+    """Its hub is `hub`, and its cache is empty at first."""
+    home = str(tmp_path_factory.mktemp("home"))
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": home, "HF_HUB_OFFLINE": "0"}
+    with WarmPython("export.pipeline", environment=environment) as python:
+        yield python
+
+
+@contextmanager
+def silence(hub: Hub) -> Iterator[None]:
+    """The hub answers no request. Its list of requests begins anew."""
+    hub.requests.clear()
+    hub.silent = True
+    yield
+    hub.silent = False
+
+
+def run_build(python: WarmPython, out: Path, *arguments: str, model: str = "clip-vit-b16") -> Ended:
+    options = ["--image-size", str(IMAGE_SIZE), "--classes", ",".join(CLASSES), "--levels", "1"]
+    return python.run("export.build", "--model", model, "--out", str(out), *options, *arguments)
 
 
 def assert_same_commit(bundle: TaskBundle, expected: TaskBundle) -> None:
@@ -99,7 +83,7 @@ def assert_same_commit(bundle: TaskBundle, expected: TaskBundle) -> None:
 @pytest.mark.parametrize(("revision", "commit"), [("v1", OLD), (None, NEW)])
 def test_all_files_are_of_one_commit_which_the_manifest_names(
     hub: Hub,
-    closing_server: ClosingServer,
+    python: WarmPython,
     built_of: dict[str, Built],
     tmp_path: Path,
     revision: str | None,
@@ -107,8 +91,8 @@ def test_all_files_are_of_one_commit_which_the_manifest_names(
 ) -> None:
     hub.requests.clear()
     pin = ["--revision", revision] if revision else []
-    result = run_build(hub.url, tmp_path / "home", tmp_path / "online", *pin)
-    assert result.returncode == 0, result.stderr
+    ended = run_build(python, tmp_path / "online", *pin)
+    assert ended.code == 0, ended.stderr
     bundle = TaskBundle.load(tmp_path / "online")
     assert bundle.manifest.peft.revision == commit
     assert bundle.manifest.peft.base == REPOSITORY
@@ -119,22 +103,22 @@ def test_all_files_are_of_one_commit_which_the_manifest_names(
         file for _, file in requested
     }
     if revision:  # then the cache is enough if the hub does not answer
-        result = run_build(closing_server.url, tmp_path / "home", tmp_path / "offline", *pin)
-        assert result.returncode == 0, result.stderr
-        assert "the hub does not answer" in result.stdout
-        assert closing_server.calls == 1
+        with silence(hub):
+            ended = run_build(python, tmp_path / "offline", *pin)
+        assert ended.code == 0, ended.stderr
+        assert "the hub does not answer" in ended.stdout
+        assert len(hub.requests) == 1
         assert Bundle.load(tmp_path / "offline").sha256 == bundle.sha256
 
 
 def test_without_hub_and_cache_the_error_comes_at_once_with_a_remedy(
-    closing_server: ClosingServer, tmp_path: Path
+    hub: Hub, python: WarmPython, tmp_path: Path
 ) -> None:
-    result = run_build(closing_server.url, tmp_path / "home", tmp_path / "out", model="vit-b16")
-    assert closing_server.calls == 1  # the hub's client would try six times, half a minute, for each file
-    assert result.returncode == WeightsError.exit_code
-    (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("error: cannot fetch google/vit-base-patch16-224-in21k")
-    assert "--weights FOLDER" in line and "--weights random" in line
+    with silence(hub):
+        ended = run_build(python, tmp_path / "out", model="vit-b16")
+    assert len(hub.requests) == 1  # the hub's client would try six times, half a minute, for each file
+    remedies = ("--weights FOLDER", "--weights random")
+    ended.assert_error(WeightsError.exit_code, "cannot fetch google/vit-base-patch16-224-in21k", *remedies)
 
 
 def test_with_hf_hub_offline_the_hub_counts_as_unreachable() -> None:
@@ -142,11 +126,9 @@ def test_with_hf_hub_offline_the_hub_counts_as_unreachable() -> None:
     assert not _is_hub_reachable()
 
 
-def test_a_revision_that_does_not_exist_is_an_error(hub: Hub, tmp_path: Path) -> None:
-    result = run_build(hub.url, tmp_path / "home", tmp_path / "out", "--revision", "v9")
-    assert result.returncode == WeightsError.exit_code
-    (line,) = result.stderr.strip().splitlines()
-    assert f"cannot fetch {REPOSITORY} at revision v9" in line
+def test_a_revision_that_does_not_exist_is_an_error(python: WarmPython, tmp_path: Path) -> None:
+    ended = run_build(python, tmp_path / "out", "--revision", "v9")
+    ended.assert_error(WeightsError.exit_code, f"cannot fetch {REPOSITORY} at revision v9")
 
 
 def test_a_revision_of_random_weights_is_refused() -> None:

@@ -318,7 +318,13 @@ def test_a_new_class_is_one_that_the_device_proposes(tmp_path: Path, labels: str
     for number, name in enumerate(("x.jpg", "y.jpg")):
         desk.answers.answer([desk.photo(name)], Kind.LABEL, "fig", is_new=number == 0)
         assert desk.destination.new_classes == ("fig",)  # and an answer of the list from now on
-    for name, fault in (("Apple", "did you mean 'apple'"), ("a\nb", "control"), ("dev", "split"), ("", "no letters")):
+    for name, fault in (
+        ("Apple", "did you mean 'apple'"),
+        ("Fig", "did you mean 'fig'"),
+        ("a\nb", "control"),
+        ("dev", "split"),
+        ("", "no letters"),
+    ):
         with pytest.raises(InputError, match=fault):
             desk.answers.answer([desk.photo("z.jpg")], Kind.LABEL, name, is_new=True)
     if desk.labels is None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fedfmsl.common.logs import BoundedLines, fields, set_up_logging
+from fedfmsl.common.exit_codes import INTERRUPTED, TERMINATED
+from fedfmsl.common.logs import BoundedLines, fields, set_up_logging, signals_logged
 
 
 def test_a_json_line_has_the_severity_and_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,3 +96,21 @@ def test_a_place_that_logs_too_often_is_cut_off_for_a_minute_and_says_so() -> No
     assert sum(bounded.filter(record(3, logging.INFO)) for _ in range(200)) == 200
     now[0] = 61.0
     assert bounded.filter(record(1))
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "line"),
+    [
+        (KeyboardInterrupt(), INTERRUPTED, "stopped by Ctrl-C; the run goes on"),
+        (SystemExit(TERMINATED), TERMINATED, "stopped by SIGTERM; the run goes on"),
+        (SystemExit(0), 0, None),
+    ],
+)
+def test_a_signal_that_ends_a_process_is_logged(
+    caplog: pytest.LogCaptureFixture, end: BaseException, code: int, line: str | None
+) -> None:
+    caplog.set_level(logging.INFO)
+    with pytest.raises(SystemExit) as ended, signals_logged(logging.getLogger("fedfmsl.test"), "the run goes on"):
+        raise end
+    assert ended.value.code == code
+    assert caplog.messages == ([line] if line else [])

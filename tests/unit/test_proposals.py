@@ -21,6 +21,7 @@ from edge_runtime.data.proposals import NothingToTrainError
 from edge_runtime.resources.governor import Readings
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
+from fedfmsl.common.backoff import Backoff
 from fedfmsl.errors import BundleError, InputError
 from fedfmsl.protocol.messages import Activity, DeviceStatus, ServerStatus, Stage, encode, parse
 from fedfmsl.protocol.topics import Topics
@@ -145,7 +146,7 @@ def test_a_late_device_without_the_bundle_waits_also_while_the_server_of_the_fin
             link.events.put(Received(TOPICS.server_status, encode(heard.pop(0) if heard[1:] else new)))
 
     monkeypatch.setattr(link, "subscribe", subscribe)
-    monkeypatch.setattr("edge_runtime.daemon.download.RESUBSCRIBE_SECONDS", 0.01)
+    monkeypatch.setattr("edge_runtime.daemon.download.RESUBSCRIBE", Backoff(0.01, 0.01))
     with pytest.raises(BundleError, match="does not serve its bundle"):  # of the new run
         prepare.prepare(daemon, anew=False)
     assert heard == [new]

@@ -2,37 +2,54 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from edge_runtime.daemon import measure as measure_module
+from edge_runtime.daemon import round_runner
 from edge_runtime.daemon.launch import launch
+from edge_runtime.daemon.measure import measure
+from edge_runtime.daemon.round_runner import RoundRunner
+from edge_runtime.data.folder import SampleFolder
+from edge_runtime.engines.base import MemoryPlan
 from edge_runtime.engines.openvino import OPENVINO, offers_openvino
-from edge_runtime.engines.sessions import CPU, open_model, open_session
-from edge_runtime.resources import providers
+from edge_runtime.engines.sessions import CPU, IN_FP16, open_model, open_session
+from edge_runtime.resources import provider_trial, providers
+from edge_runtime.resources.plan import Plan
+from edge_runtime.resources.provider_trial import Bounds, Trial, bounds_of, disagreement, try_provider
 from edge_runtime.resources.providers import (
-    BOUNDS,
-    Bounds,
-    Trial,
+    Choice,
     choose_provider,
     describe_choice,
-    disagreement,
     fastest,
     provider_for,
     require_provider,
     try_providers,
 )
+from edge_runtime.resources.unfinished import UnfinishedWork
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
-from fedfmsl.errors import BundleError, ConfigError
+from fedfmsl.errors import BundleError, ConfigError, RunError
+from fedfmsl.protocol.messages import Stage
 from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.tensors import pack
-from tests.support.bundles import LAYERS, Built
+from tests.support.bundles import LAYERS, Built, shared_bundle
+from tests.support.in_process_daemon import make_daemon, no_report
+from tests.support.training_contexts import announced_round
 
 GRADIENT = "gradient of block 3"
 OUTPUTS = {"hidden": np.ones((2, 3)), "loss": np.array([2.0]), GRADIENT: np.array([1.0, 2.0, 3.0])}
 with_openvino = pytest.mark.skipif(not offers_openvino(), reason="needs OpenVINO and a processor with bfloat16")
+
+
+@pytest.fixture(scope="module")
+def vit_fp16() -> Built:
+    return shared_bundle("vit", fp16=True)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +123,7 @@ def test_a_provider_that_failed_for_the_moment_is_tried_again_at_the_next_start(
 
 def test_a_process_of_a_provider_computes_the_same_as_the_cpu_does_here(vit: Built, tmp_path: Path) -> None:
     assert not try_providers(vit.bundle, [CPU], 1, tmp_path)[CPU].refused
-    first, second = (providers.try_provider(vit.bundle, CPU, 1)[1] for _ in range(2))
+    first, second = (try_provider(vit.bundle, CPU, 1)[1] for _ in range(2))
     assert disagreement(first, second, Bounds()) == ""
     gradients = {name: value for name, value in first.items() if name.startswith("gradient")}
     assert list(gradients) == ["gradient of the head", "gradient of block 2", "gradient of block 1"]
@@ -137,11 +154,11 @@ def test_a_provider_that_hangs_is_stopped_and_the_watchdog_is_reset_meanwhile(
     monkeypatch.setattr(providers, "POLL_SECONDS", 0.01)
     called = list[int]()
     trials = try_providers(vit.bundle, [CPU], 1, tmp_path, lambda: called.append(1))
-    assert trials[CPU].refused.startswith("it took longer than") and trials[CPU].temporary and called
+    assert trials[CPU].refused.startswith("it took longer than") and not trials[CPU].temporary and called
 
 
 def test_texts_are_computed_too(bert: Built) -> None:
-    assert np.isfinite(providers.try_provider(bert.bundle, CPU, 1)[1]["loss"]).all()
+    assert np.isfinite(try_provider(bert.bundle, CPU, 1)[1]["loss"]).all()
 
 
 @with_openvino
@@ -149,10 +166,10 @@ def test_texts_are_computed_too(bert: Built) -> None:
 def test_openvino_in_bfloat16_steps_and_predicts_like_the_cpu(
     vit: Built, level: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(providers, "LEVEL", level)
-    (_, expected), (trial, found) = (providers.try_provider(vit.bundle, name, 1) for name in (CPU, OPENVINO))
+    monkeypatch.setattr(provider_trial, "LEVEL", level)
+    (_, expected), (trial, found) = (try_provider(vit.bundle, name, 1) for name in (CPU, OPENVINO))
     assert trial.seconds > 0
-    assert disagreement(expected, found, BOUNDS[OPENVINO]) == ""
+    assert disagreement(expected, found, bounds_of(OPENVINO)) == ""
     assert not np.array_equal(found["hidden"], expected["hidden"])  # it was computed in another precision
 
 
@@ -187,3 +204,154 @@ def test_a_provider_that_is_not_offered_is_refused_with_the_remedy(
         provider_for("ort-training", "cuda", vit.bundle, 1, DeviceStore(tmp_path))
     with pytest.raises(BundleError, match="no execution provider"):
         open_session(vit.bundle, "features.onnx", 1, provider="cuda")
+
+
+def test_graphs_in_float16_are_tried_on_every_provider_but_those_on_the_processor(
+    vit_fp16: Built, vit: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[list[str]] = []
+
+    def run(bundle: TaskBundle, names: list[str], *_: object) -> dict[str, Trial]:
+        tried.append(names)
+        return {name: Trial(seconds=1.0 if name == CPU else 0.5 - 0.1 * name.endswith("fp16")) for name in names}
+
+    monkeypatch.setattr(providers, "offered_providers", lambda: (OPENVINO, "cuda", CPU))
+    monkeypatch.setattr(providers, "try_providers", run)
+    choice = choose_provider("auto", vit_fp16.bundle, 1, DeviceStore(tmp_path / "a"))
+    assert tried.pop() == [CPU, "cuda-fp16", OPENVINO, "cuda"]
+    assert describe_choice(choice) == "cuda-fp16, 2.5 times as fast as cpu; openvino is slower; cuda is slower"
+    choose_provider("cuda-fp16", vit_fp16.bundle, 1, DeviceStore(tmp_path / "b"))
+    assert tried.pop() == [CPU, "cuda-fp16"]
+    with pytest.raises(ConfigError, match=r"has no graphs for float16; build it with .* --fp16"):
+        choose_provider("cuda-fp16", vit.bundle, 1, DeviceStore(tmp_path / "c"))
+    for name in ("cpu-fp16", "openvino-fp16", "tensorrt-fp16"):
+        with pytest.raises(ConfigError, match=rf"--provider {name}: the installed onnxruntime offers"):
+            choose_provider(name, vit_fp16.bundle, 1, DeviceStore(tmp_path / "d"))
+
+
+def test_graphs_in_float16_agree_with_the_cpu_within_their_bounds(
+    vit_fp16: Built,
+) -> None:
+    expected, found = (try_provider(vit_fp16.bundle, name, 1)[1] for name in (CPU, f"{CPU}{IN_FP16}"))
+    assert disagreement(expected, found, bounds_of("cuda-fp16")) == ""
+    assert disagreement(expected, {**found, "loss": found["loss"] * 1.01}, bounds_of("cuda-fp16"))
+    assert not np.array_equal(found["hidden"], expected["hidden"])
+    assert bounds_of("cuda") == bounds_of("tensorrt") == Bounds()
+
+
+@pytest.mark.parametrize(("in_bfloat16", "looser"), [(True, True), (False, False)])
+def test_only_the_package_openvino_computes_in_bfloat16(
+    in_bfloat16: bool, looser: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provider_trial, "offers_openvino", lambda: in_bfloat16)
+    assert (bounds_of(OPENVINO).error > Bounds().error) == looser
+
+
+WORK = """
+import os, signal, sys
+from pathlib import Path
+from edge_runtime.resources.unfinished import UnfinishedWork
+
+with UnfinishedWork(Path(sys.argv[1])).counted("cuda"):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def kill_work(root: Path) -> None:
+    """Kills a process in which the provider works."""
+    assert subprocess.run([sys.executable, "-c", WORK, str(root)], check=False).returncode == -signal.SIGKILL
+
+
+def test_a_provider_whose_work_is_killed_three_times_in_a_row_is_refused_until_something_changes(
+    vit: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(bundle: TaskBundle, name: str, threads: int, out: Path, *_: object) -> str:
+        out.write_bytes(pack(Trial(seconds=2.0 if name == CPU else 1.0), {"loss": np.ones(1, np.float32)}))
+        return ""
+
+    def chosen(asked: str = "auto") -> Choice:
+        return choose_provider(asked, vit.bundle, 1, DeviceStore(tmp_path))
+
+    monkeypatch.setattr(providers, "offered_providers", lambda: ("cuda", CPU))
+    monkeypatch.setattr(providers, "_run_trial", run)
+    assert chosen().provider == "cuda"
+    kill_work(tmp_path)
+    with pytest.raises(ValueError, match="an error"), UnfinishedWork(tmp_path).counted("cuda"):
+        raise ValueError("an error")  # an end, so the count begins again
+    for _ in range(2):
+        kill_work(tmp_path)
+        assert chosen().provider == "cuda"
+    kill_work(tmp_path)
+    for _ in range(2):
+        assert chosen().provider == CPU
+        refused = "cuda is not used: the device ended 3 times in a row while it computed"
+        assert describe_choice(chosen()) == f"cpu; {refused}"
+    assert chosen("cuda").provider == "cuda"
+
+
+def test_a_trial_that_takes_the_device_down_three_times_is_not_tried_again(
+    vit: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts, left, tried = tmp_path / "unfinished.json", b"", list[str]()
+
+    def run(bundle: TaskBundle, name: str, threads: int, out: Path, *_: object) -> str:
+        nonlocal left
+        tried.append(name)
+        if name == "cuda":
+            left = counts.read_bytes()
+            raise KeyboardInterrupt
+        out.write_bytes(pack(Trial(seconds=1.0), {"loss": np.ones(1, np.float32)}))
+        return ""
+
+    monkeypatch.setattr(providers, "offered_providers", lambda: ("cuda", CPU))
+    monkeypatch.setattr(providers, "_run_trial", run)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            choose_provider("auto", vit.bundle, 1, DeviceStore(tmp_path))
+        counts.write_bytes(left)  # as a power cut would have left it
+    assert choose_provider("auto", vit.bundle, 1, DeviceStore(tmp_path)).provider == CPU
+    assert tried == [CPU, "cuda"] * 3 + [CPU]
+
+
+def test_a_provider_is_counted_while_a_round_is_computed(
+    vit: Built, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon, found = make_daemon(vit, photos, tmp_path), list[bool]()
+    counts = daemon.device.store.root / "unfinished.json"
+
+    def read(*_: object) -> None:
+        found.append(counts.exists())
+        raise RunError("the round ends here")
+
+    monkeypatch.setattr(round_runner, "read_globals", read)
+    folder = SampleFolder(photos, vit.bundle, daemon.device.store, run="r")
+    for provider in (CPU, "cuda"):
+        before = daemon.runner
+        runner = RoundRunner(before.device, folder, before.control, before.tracker, no_report, provider=provider)
+        with pytest.raises(RunError, match="ends here"):
+            runner.run(announced_round(Stage.GLOBAL, 1), bytes_down=0)
+    assert found == [False, True] and not counts.exists()
+
+
+def test_a_provider_that_cannot_be_measured_is_replaced_by_the_next_one(
+    vit: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = {CPU: Trial(seconds=2.0), "cuda": Trial(seconds=1.0)}
+    plan = Plan(feature_batch=4, memory_plans={1: MemoryPlan(4)}, seconds={1: 0.1})
+
+    def make_plan(bundle: TaskBundle, store: DeviceStore, engine: str, threads: int, provider: str, *_: object) -> Plan:
+        if provider in refused:
+            raise ConfigError("a round at level 1 needs 900MB")
+        return plan
+
+    monkeypatch.setattr(measure_module, "provider_for", lambda *_: fastest(trials))
+    monkeypatch.setattr(measure_module, "make_plan", make_plan)
+    settings = Settings(run="r", images=tmp_path, broker="mqtt://127.0.0.1:9")
+    arguments = settings, DeviceStore(tmp_path), "step-graph", vit.bundle, (1, tmp_path), lambda: None
+    refused = ["cuda"]
+    choice, found = measure(*arguments)
+    assert found == plan
+    assert describe_choice(choice) == "cpu; cuda is not used: a round at level 1 needs 900MB"
+    refused.append(CPU)
+    with pytest.raises(ConfigError, match="900MB"):
+        measure(*arguments)

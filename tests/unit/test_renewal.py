@@ -155,6 +155,16 @@ def test_a_crash_after_the_answer_leaves_no_key_that_is_used_again(
     assert key_in(store.path) != present
 
 
+def test_a_damaged_key_is_named_and_replaced(
+    store: IdentityStore, address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.next_key.write_text(new_key()[:100])
+    reasons: list[str] = []
+    Renewal(store, address, lambda path: None, reasons.append).step(NOW.timestamp())
+    assert reasons == [""] and not store.next_key.exists()
+    assert f"{store.next_key}: this is no private key in PEM" in caplog.messages[0]
+
+
 def test_the_thread_renews_at_its_start(store: IdentityStore, address: str) -> None:
     renewed = threading.Event()
     with Renewal(store, address, lambda path: renewed.set(), lambda reason: None):

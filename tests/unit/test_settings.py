@@ -153,6 +153,14 @@ def test_server_settings_that_do_not_fit_together_name_the_flags(tmp_path: Path)
         ({"min_updates": "3"}, "--min-updates 3 is more than --devices 2"),
         ({"fraction": "0.5"}, "--fraction 0.5 needs --select random"),
         ({"dp_noise": "1"}, "--dp-noise and --dp-clip need each other"),
+        ({"revoked": "revoked.crl"}, "--revoked has no effect without --identity"),
+        ({"console_token": "token"}, "--console-token has no effect without --console"),
+        ({"classes": ""}, "--classes '' is empty; name the classes"),
+        ({"task": ""}, "--task '' is empty; give a value, or leave it out"),
+        ({"schedule": ""}, "--schedule '' is empty"),
+        ({"schedule": "22:00-22:00"}, "--schedule '22:00-22:00' begins when it ends; write 00:00-24:00"),
+        ({"serve": "0.0.0.0:8443"}, "devices cannot reach 0.0.0.0; give a name or an address of this machine"),
+        ({"broker": "mqtt://localhost/a"}, "has a path, which only addresses of ws and wss have"),
         ({"dp_noise": "1", "dp_clip": "1"}, "choose --sal fixed-schedule"),
         ({"dp_noise": "1", "dp_clip": "1", "sal": "all-at-once", "clip": "1"}, "leave out --rule, --clip"),
     ):
@@ -166,8 +174,21 @@ def test_allowed_devices_are_names_or_a_file(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "names.txt").write_text("kitchen\nbalcony\n")
     flags = {"run": "r", "devices": 2, "bundle": tmp_path, "allow": given}
     assert read_settings(ServerSettings, flags=flags).allowed == {"kitchen", "balcony"}
-    with pytest.raises(ConfigError, match=r"--allow a/b: device name 'a/b' is invalid"):
-        assert read_settings(ServerSettings, flags={**flags, "allow": "a/b"}).allowed
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ("a/b", "there is no such file"),
+        ("devices.txt", "there is no such file"),
+        ("kitchen,b?d", "device name 'b?d' is invalid"),
+        ("", "device name '' is invalid"),
+    ],
+)
+def test_allowed_devices_are_no_missing_file(given: str, why: str) -> None:
+    flags = {"run": "r", "devices": 2, "bundle": "bundle", "allow": given}
+    with pytest.raises(ConfigError, match=f"--allow {given!r}: {why}".replace("?", r"\?")):
+        assert read_settings(ServerSettings, flags=flags).allowed
 
 
 def test_the_config_file_may_be_named_by_the_environment(written: Callable[[str], Path]) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+
+import pytest
 
 from benchmarks.compare import slower
-from benchmarks.step_table import BEGIN, END, PAGE, RESULTS, best_torch, rows_of, table
+from benchmarks.step_table import PAGE, RESULTS, best_torch, marks, rows_of, table
 
 
 def turns(*seconds: float) -> list[dict[str, float]]:
@@ -36,8 +39,9 @@ def test_a_row_is_slower_from_one_and_a_half_times_the_committed_ratio_on() -> N
     assert slower({"a": 2.0, "b": 2.0, "c": 2.0}, {"a": 2.9, "b": 3.1, "c": 1.0}) == ["b"]
 
 
-def test_the_documentation_has_the_committed_table() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    assert page.partition(BEGIN)[2].partition(END)[0].strip() == table(results)
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("step-*.json")), ids=lambda path: path.stem)
+def test_the_documentation_has_the_committed_table(path: Path) -> None:
+    page, (begin, end) = PAGE.read_text(encoding="utf-8"), marks(path)
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert page.partition(begin)[2].partition(end)[0].strip() == table(results)
     assert table({**results, "missing": {"torch-whole-compile": "no compiler"}}).count("is missing: no compiler.") == 1

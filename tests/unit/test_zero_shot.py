@@ -138,6 +138,9 @@ def test_a_task_made_after_the_export_is_that_of_the_export(
     assert result.exit_code == 0 and "with a zero-shot head" in result.stdout, result.output
     assert Task.read(tmp_path / "task").sha256 == clip.bundle.task.sha256
     weights = ["--weights", str(clip_folder)]
+    other = write_clip(tmp_path / "other", seed=1)
+    with pytest.raises(WeightsError, match=f"{other} has other weights than the bundle at {clip.bundle.root}"):
+        CliRunner().invoke(task_app, [*arguments, "--weights", str(other)], catch_exceptions=False)
     for options, message in (
         ([], "weights of tiny-clip are not on the hub"),
         ([*weights, "--prompt", "a"], "once, as the place"),

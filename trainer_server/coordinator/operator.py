@@ -21,7 +21,7 @@ from fedfmsl.common.persistent_map import PersistentMap
 from fedfmsl.protocol.messages import AddedNames, Amount, Message, Name, Number, Sha256, Stage, Text
 from trainer_server.coordinator.candidates import Rollback
 from trainer_server.coordinator.limits import Limits
-from trainer_server.coordinator.state import State, after_hold
+from trainer_server.coordinator.state import State, after_hold, with_counted
 
 
 class Action(str, Enum):
@@ -119,13 +119,13 @@ def _exclude(state: State, operation: Operation, now: float) -> tuple[State, str
         return state, f"{device} has not announced itself, so it cannot be excluded"
     if device in state.excluded:
         return state, f"{device} is already excluded"
-    own = frozenset(key for key in state.updates if key[1] == device)
+    own = {key for key in state.updates if key[1] == device}
     excluded = replace(
         state,
         excluded=state.excluded | {device},
         expected=state.expected - {device},
         updates=PersistentMap({key: accepted for key, accepted in state.updates.items() if key not in own}),
-        counted=state.counted | own,
+        counted=with_counted(state.counted, own),
     )
     return excluded, f"{device} is excluded from this run; its updates are refused"
 

@@ -64,26 +64,24 @@ def receive_update(plan: Plan, state: State, event: UpdateSeen, now: float) -> t
     )
     if validation.verdict is not Verdict.ACCEPTED:
         about = f"update for round {update.round}: {validation.reason}"
-        replies: list[Command] = [SendAck(ack), CountRefusal(update.device, validation.kind, about)]
+        replies: list[Command] = [SendAck(ack)]
+        if validation.verdict is not Verdict.DUPLICATE:  # it counts already: its acknowledgement was lost
+            replies.append(CountRefusal(update.device, validation.kind, about))
         here = (update.run, update.session, update.round) == (plan.config.run, plan.session, state.round)
         if here and validation.verdict is Verdict.REJECTED:
             state, commands = refuse_update(state, update.device)
             replies += commands
         return state, replies
-    key = (update.round, update.device)
+    key = (update.round, state.devices[update.device].device)  # the same text in all rounds, to save memory
+    slowest, refused = state.slowest, state.refused
     accepted = Accepted(update, event.sha256, event.size, validation.norm)
-    state = replace(
-        state,
-        updates=state.updates.with_item(key, accepted),
-    )
-    if update.device in state.refused:
-        refused = {name: refused for name, refused in state.refused.items() if name != update.device}
-        state = replace(state, refused=refused)
+    if update.device in refused:
+        refused = {name: last for name, last in refused.items() if name != update.device}
     if update.round == state.round and update.stage not in UNMERGED and not state.waiting:
         until = now if state.held_at is None else state.held_at
-        seconds = max(state.slowest.get(update.stage, 0.0), until - state.since)
-        state = replace(state, slowest={**state.slowest, update.stage: seconds})
-    return state, [SendAck(ack)]
+        slowest = {**slowest, update.stage: max(slowest.get(update.stage, 0.0), until - state.since)}
+    updates = state.updates.with_item(key, accepted)
+    return replace(state, updates=updates, slowest=slowest, refused=refused), [SendAck(ack)]
 
 
 def refuse_update(state: State, device: str) -> tuple[State, list[Command]]:

@@ -21,6 +21,7 @@ from fedfmsl.algorithms.arrays import Doubles, Tensors, Vector
 from fedfmsl.algorithms.bounds import NORM_ROUNDS, SUMS_CAP, capped_weights, norm_limit
 from fedfmsl.algorithms.class_means import class_mean_head, direction_head
 from fedfmsl.algorithms.discriminant import discriminant_head, logit_head, with_former_rows
+from fedfmsl.algorithms.steps import Values
 from fedfmsl.algorithms.weighted_sums import weighted_mean
 from fedfmsl.errors import MessageError
 from fedfmsl.protocol.layout import Layout
@@ -67,11 +68,11 @@ def update_limit(plan: Plan, state: State) -> float:
 def scaled_down(plan: Plan, state: State) -> str:
     """Names the devices whose updates are much larger than the others and are scaled down; "" if there are none. It
     names none if most updates of the round are so large, because that is not a fault of single devices."""
-    limit, norms = update_limit(plan, state), {key: state.updates[key].norm for key in sorted(state.updates)}
-    large = [f"{device} ({norm:.4g})" for (_, device), norm in norms.items() if norm > NAMED * limit]
+    limit = update_limit(plan, state)
+    large = [f"{each.update.device} ({each.norm:.4g})" for each in state.in_order if each.norm > NAMED * limit]
     if not large:
         return ""
-    if 2 * len(large) > len(norms):
+    if 2 * len(large) > len(state.updates):
         return f"round {state.round}: most updates are larger than those of earlier rounds, and are scaled down"
     return (
         f"round {state.round}: updates with a norm far above the median were scaled down to {limit:.4g}: "
@@ -161,7 +162,7 @@ def _statistics(plan: Plan, state: State, closing: Round) -> State:
 def _total(plan: Plan, state: State, layout: Layout, read: Callable[[Plan, int, Tensors], Vector]) -> Doubles:
     """The sums of all updates, flat. Sums of more samples than the median device has are scaled down to as many: a
     device cannot outweigh the others by claiming samples."""
-    in_order, total = _in_order(state), np.zeros(layout.total)
+    in_order, total = state.in_order, np.zeros(layout.total)
     samples = [float(accepted.update.samples) for accepted in in_order]
     is_bounded = plan.config.privacy is None and plan.config.aggregation.weight_cap is not None
     kept = capped_weights(samples, SUMS_CAP) if is_bounded else samples
@@ -250,12 +251,12 @@ def _with_gate(plan: Plan, state: State, combined: Aggregate) -> State:
 def _held_out(state: State) -> float:
     """The median of the devices' held-out accuracies. Unweighted, so a false one moves it to a neighbouring accuracy at
     most. 0 under privacy, where devices report none."""
-    metrics = [accepted.update.metrics for accepted in _in_order(state)]
+    metrics = [accepted.update.metrics for accepted in state.in_order]
     accuracies = [each["held_out_global"] for each in metrics if "held_out_global" in each]
     return median(accuracies) if accuracies else 0.0
 
 
-def _combined(plan: Plan, state: State, layout: Layout, delta: Callable[[Plan, Update, Tensors], Vector]) -> Aggregate:
+def _combined(plan: Plan, state: State, layout: Layout, delta: Callable[[Plan, Update, Tensors], Values]) -> Aggregate:
     """The aggregated update of the round.
 
     Updates above `update_limit` are scaled down to it, and weights are capped. An update that is s rounds late has
@@ -264,12 +265,10 @@ def _combined(plan: Plan, state: State, layout: Layout, delta: Callable[[Plan, U
     released, because it has too little noise.
     """
 
-    privacy, aggregation, in_order = plan.config.privacy, plan.config.aggregation, _in_order(state)
-    limit = update_limit(plan, state)
+    privacy, aggregation, in_order = plan.config.privacy, plan.config.aggregation, state.in_order
 
-    def read(accepted: Accepted) -> Vector:
-        vector = delta(plan, accepted.update, plan.read(accepted.sha256))
-        return vector * np.float32(limit / accepted.norm) if accepted.norm > limit else vector
+    def read(accepted: Accepted) -> Values:
+        return delta(plan, accepted.update, plan.read(accepted.sha256))
 
     weights = [float(1 if privacy else accepted.update.samples) for accepted in in_order]
     if aggregation.weight_cap is not None:
@@ -280,18 +279,20 @@ def _combined(plan: Plan, state: State, layout: Layout, delta: Callable[[Plan, U
         late = state.round - update.round
         size = layout.size(update.level) if update.stage is Stage.GLOBAL else layout.total
         former = state.agreements.get(update.device) if state.announced and state.announced.index else None
+        discounted = weight / (1 + late) ** 0.5
         contributions.append(
-            Contribution(weight / (1 + late) ** 0.5, size, partial(read, accepted), former, update.device)
+            Contribution(discounted, size, partial(read, accepted), former, update.device, accepted.norm)
         )
     least = privacy.shares if privacy else 1
-    return aggregation.aggregation_rule.aggregate(contributions, layout.parts, least, plan.scratch)
+    rule = aggregation.aggregation_rule.clipped(update_limit(plan, state))
+    return rule.aggregate(contributions, layout.parts, least, plan.scratch)
 
 
 def _screened(plan: Plan, state: State, combined: Aggregate) -> State:
     """The state with the agreements after a round: of the first round of a stage only its own."""
     assert state.announced is not None
     former, counts = (state.agreements, state.left_out) if state.announced.index else ({}, {})
-    devices = [accepted.update.device for accepted in _in_order(state)]
+    devices = [accepted.update.device for accepted in state.in_order]
     found = zip(devices, combined.agreements or [None] * len(devices), strict=True)
     state = replace(state, agreements={**former, **{device: each for device, each in found if each is not None}})
     return replace(state, left_out={**counts, **{name: counts.get(name, 0) + 1 for name in _outliers(plan, state)}})
@@ -299,11 +300,7 @@ def _screened(plan: Plan, state: State, combined: Aggregate) -> State:
 
 def newest_updates(state: State) -> dict[str, Update]:
     """By device: with `--max-staleness` a round may have several updates of one device."""
-    return {accepted.update.device: accepted.update for accepted in _in_order(state)}
-
-
-def _in_order(state: State) -> list[Accepted]:
-    return [state.updates[key] for key in sorted(state.updates)]
+    return {accepted.update.device: accepted.update for accepted in state.in_order}
 
 
 APPLY: dict[Stage, Callable[[Plan, State, Round], State]] = {

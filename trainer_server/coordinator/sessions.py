@@ -90,14 +90,13 @@ def why_not_withdrawn(plan: Plan, state: State, names: Sequence[str]) -> str:
     return ""
 
 
-def unprepared(plan: Plan, state: State) -> frozenset[str]:
-    """The devices that are online and whose latest status still proposes a class of the task: they have samples of it,
-    and are not prepared for the task yet."""
+def prepares(plan: Plan, state: State) -> bool:
+    """Whether the latest status of a device that is online still proposes a class of the task: it has samples of it,
+    and is not prepared for the task yet."""
     classes = {*plan.bundle.classes}
-    return frozenset(
-        name
+    return any(
+        status.online and status.proposed and name not in state.excluded and not classes.isdisjoint(status.proposed)
         for name, status in state.devices.items()
-        if status.online and status.proposed and name not in state.excluded and not classes.isdisjoint(status.proposed)
     )
 
 

@@ -6,9 +6,11 @@ thousand updates needs no more memory than one with ten.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -218,9 +220,9 @@ class State:
     Deadlines: `limits` are the settings that may change. `stretch`: how many times as long as `--round-timeout` a round
     lasts. `slowest`: by stage, the longest time from an announcement to an update, in seconds.
 
-    Late updates: `recent` are closed rounds whose late updates still count. `counted` are the keys of the updates
-    accepted before the present round, in these rounds and in the last REMEMBERED_ROUNDS. A second update with a key of
-    `counted` or `updates` is a duplicate.
+    Late updates: `recent` are closed rounds whose late updates still count. `counted` are, by round, the devices whose
+    updates were accepted before the present round, for these rounds and the last REMEMBERED_ROUNDS. A second update for
+    a round in `counted` or `updates` is a duplicate.
 
     `secure`: the secure aggregation in progress. `former`: what is known of the head of stage 1.
 
@@ -256,7 +258,7 @@ class State:
     silent: Mapping[str, int] = field(default_factory=dict)
     updates: PersistentMap[Key, Accepted] = field(default_factory=PersistentMap)
     recent: tuple[Round, ...] = ()
-    counted: frozenset[Key] = frozenset()
+    counted: Mapping[int, frozenset[str]] = field(default_factory=dict)
     secure: SecureSums = NO_SUMS
     former: FormerHead = field(default_factory=FormerHead)
     waiting: bool = False
@@ -307,6 +309,11 @@ class State:
     def answered(self) -> frozenset[str]:
         return frozenset(device for _, device in self.updates)
 
+    @property
+    def in_order(self) -> list[Accepted]:
+        """The updates of the round in the order of their keys, which is the same for every order of arrival."""
+        return [accepted for _, accepted in sorted(self.updates.items(), key=itemgetter(0))]
+
 
 def after_hold(state: State, ended: Literal["paused_at", "rests_at"], now: float) -> State:
     """The state after the end of a pause or of a rest. If the other one lasts, it has begun with the first of the two,
@@ -315,6 +322,14 @@ def after_hold(state: State, ended: Literal["paused_at", "rests_at"], now: float
     assert begun is not None
     goes_on: dict[str, Any] = {"since": state.since + now - begun} if getattr(state, other) is None else {other: begun}
     return replace(state, **{ended: None, **goes_on})
+
+
+def with_counted(counted: Mapping[int, frozenset[str]], keys: Iterable[Key]) -> dict[int, frozenset[str]]:
+    """`State.counted` with further updates."""
+    found: defaultdict[int, set[str]] = defaultdict(set)
+    for round_, device in keys:
+        found[round_].add(device)
+    return {**counted, **{round_: counted.get(round_, frozenset()) | devices for round_, devices in found.items()}}
 
 
 @remembered

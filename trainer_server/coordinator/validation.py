@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedfmsl.algorithms.arrays import Doubles, Tensors, Vector
-from fedfmsl.algorithms.bounds import l2_norm
 from fedfmsl.algorithms.discriminant import within_scatter
+from fedfmsl.algorithms.steps import Values, norm_of
 from fedfmsl.errors import MessageError
-from fedfmsl.protocol.encoding import decode
+from fedfmsl.protocol.encoding import encoded
 from fedfmsl.protocol.layout import Layout
 from fedfmsl.protocol.messages import Stage, Update, Verdict
 from trainer_server.coordinator.records import held_out_accuracies
@@ -50,9 +50,9 @@ def validate_update(plan: Plan, state: State, update: Update, tensors: Tensors) 
         return rejected("unknown device", "has not announced itself")
     if update.device in state.excluded:
         return rejected("excluded", "the operator has excluded this device from the run")
-    key = (update.round, update.device)
-    if key in state.counted or key in state.updates:
-        return Validation(Verdict.DUPLICATE, "repeated", "already counted")
+    is_counted = update.device in state.counted.get(update.round, ())
+    if is_counted or (update.round, update.device) in state.updates:
+        return Validation(Verdict.DUPLICATE, reason="already counted")
     if announced is None or update.round > state.round:
         return rejected("other round", f"round {update.round} has not been announced")
     recent = () if secure else state.recent
@@ -82,17 +82,17 @@ def validate_update(plan: Plan, state: State, update: Update, tensors: Tensors) 
     return Validation(Verdict.ACCEPTED, norm=norm)
 
 
-def expert_delta(plan: Plan, update: Update, tensors: Tensors) -> Vector:
+def expert_delta(plan: Plan, update: Update, tensors: Tensors) -> Values:
     """The parameter difference (P_level,) in a stage 1 update. Raises MessageError if it is invalid."""
-    delta = decode(plan.bundle.expert, tensors, plan.config.encoding)
+    delta = encoded(plan.bundle.expert, tensors, plan.config.encoding)
     if delta.size != plan.bundle.expert.size(update.level):
         raise MessageError(f"the update holds {delta.size} values, not as many as level {update.level} has")
     return delta
 
 
-def gate_delta(plan: Plan, update: Update, tensors: Tensors) -> Vector:
+def gate_delta(plan: Plan, update: Update, tensors: Tensors) -> Values:
     """The gate difference (G,) in a stage 2 update. Raises MessageError if it is invalid."""
-    delta = decode(plan.bundle.gate, tensors, plan.config.encoding)
+    delta = encoded(plan.bundle.gate, tensors, plan.config.encoding)
     if delta.size != plan.bundle.gate.total:
         raise MessageError(f"the update holds {delta.size} values, expected {plan.bundle.gate.total}")
     return delta
@@ -152,11 +152,11 @@ def _is_positive_definite(symmetric: Doubles) -> bool:
 
 
 def _check_expert(plan: Plan, update: Update, tensors: Tensors) -> float:
-    return _bound(l2_norm(expert_delta(plan, update, tensors)), plan.config.max_norm, "norm")
+    return _bound(norm_of(expert_delta(plan, update, tensors)), plan.config.max_norm, "norm")
 
 
 def _check_gate(plan: Plan, update: Update, tensors: Tensors) -> float:
-    return _bound(l2_norm(gate_delta(plan, update, tensors)), plan.config.max_norm, "norm")
+    return _bound(norm_of(gate_delta(plan, update, tensors)), plan.config.max_norm, "norm")
 
 
 def _check_statistics(plan: Plan, update: Update, tensors: Tensors) -> float:

@@ -7,8 +7,8 @@ import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fedfmsl.transport.address import is_loopback
-from fedfmsl.transport.listening import parse_listen
+from fedfmsl.transport.address import is_loopback, netloc
+from fedfmsl.transport.listening import openable, parse_listen
 from trainer_server.service.child_process import ChildProcess
 
 logger = logging.getLogger(__name__)
@@ -41,10 +41,11 @@ class ConsoleJob:
     @property
     def where(self) -> str:
         """For the log: how a browser opens it."""
-        is_plain = is_loopback(self.host) or self.identity is None
+        host, port = parse_listen(self.address)
+        is_plain = is_loopback(host) or self.identity is None
         certificate = "" if is_plain else " or an operator's certificate"
         token = f", with the token in {self.token_file}{certificate}" if self.token_file else ""
-        return f"console at {'http' if is_plain else 'https'}://{self.address}/{token}"
+        return f"console at {'http' if is_plain else 'https'}://{netloc(openable(host))}:{port}/{token}"
 
 
 def console_job(

@@ -42,6 +42,7 @@ class Liveness:
         self._since, self._looked = math.inf, now
         due = self._heard(now) + self._answer
         self._due |= {device: min(self._due.get(device, due), due) for device in online}
+        self._next_look = 0.0
 
     def disconnected(self, now: float) -> None:
         """This server has lost its connection, so it hears from no device, and loses none."""
@@ -86,15 +87,20 @@ class Liveness:
         self._looked = now
         if now < self._next_look:
             return []
-        self._next_look, heard = now + LOOK_SECONDS, self._heard(now)
-        return [
-            StatusSeen(status.model_copy(update={"online": False, "error": SILENT}))
-            for status in online
-            if heard >= self._due.setdefault(status.device, heard + self._silence)
-        ]
+        heard, first = self._heard(now), math.inf
+        silent: list[StatusSeen] = []
+        for status in online:
+            due = self._due.setdefault(status.device, heard + self._silence)
+            if heard < due:
+                first = min(first, due)
+            else:
+                silent.append(StatusSeen(status.model_copy(update={"online": False, "error": SILENT})))
+        # none is lost before: what a device sends only defers it, and one that comes online has all of `silence`
+        self._next_look = now + max(min(first - heard, self._silence), LOOK_SECONDS)
+        return silent
 
     def _forget_silent(self, now: float) -> None:
-        """Makes room for other names: devices are replaced over the years."""
+        """Makes space for other names: devices are replaced over the years."""
         if now < self._next_forget:
             return
         self._next_forget, heard = now + LOOK_SECONDS, self._heard(now)

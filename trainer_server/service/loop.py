@@ -26,7 +26,7 @@ from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Ove
 from fedfmsl.transport.message_size import largest_message
 from fedfmsl.transport.settings import SERVER_NAME
 from trainer_server.coordinator import waiting
-from trainer_server.coordinator.advance import advance, next_deadline
+from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.announce import announcement
 from trainer_server.coordinator.events import (
     AnnounceRound,
@@ -47,6 +47,7 @@ from trainer_server.coordinator.events import (
 )
 from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.records import number_of
+from trainer_server.coordinator.round_end import next_deadline
 from trainer_server.coordinator.sessions import approved
 from trainer_server.coordinator.state import Plan, State
 from trainer_server.service.batch import Batch, Statuses, flatten

@@ -6,20 +6,24 @@ because the round that opens is the one that a rollback leads to.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, get_type_hints
+
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
 from fedfmsl.algorithms.arrays import Tensors
 from fedfmsl.algorithms.sal import SalState
 from fedfmsl.algorithms.server_optimizers import Moments
 from fedfmsl.common.persistent_map import PersistentMap
-from fedfmsl.protocol.messages import DeviceStatus, Round, Stage
+from fedfmsl.protocol.messages import DeviceStatus, Round, Stage, compact
 from trainer_server.coordinator.candidates import LastGood
 from trainer_server.coordinator.former_head import FormerHead
 from trainer_server.coordinator.limits import Limits
 from trainer_server.coordinator.refusals import Refused
 from trainer_server.coordinator.standing import Standing
-from trainer_server.coordinator.state import SecureSums, State
+from trainer_server.coordinator.state import SecureSums, State, with_counted
 
 SECURE = "secure_"  # start of the names of the tensors of the secure sums
 SHARES, MASKED, ROSTER = f"{SECURE}shares", f"{SECURE}masked", f"{SECURE}roster_"
@@ -43,11 +47,11 @@ class Checkpoint(BaseModel):
     repeats: int
     announced: Round | None
     recent: tuple[Round, ...]
-    devices: list[DeviceStatus]
-    expected: list[str]
+    devices: list[DeviceStatus] = []
+    expected: list[str] = []
     refused: dict[str, Refused]
     silent: dict[str, int] = {}
-    counted: list[tuple[int, str]]
+    counted: list[tuple[int, str]] = []
     keys_round: int = 0
     secure_level: int = 0
     members: tuple[str, ...] = ()
@@ -69,7 +73,7 @@ class Checkpoint(BaseModel):
 
     @classmethod
     def of(cls, state: State) -> Checkpoint:
-        return cls(
+        return cls.model_construct(  # without copies of what it has of each device
             level=state.sal.level,
             queue=state.sal.queue,
             seen=state.sal.seen,
@@ -89,7 +93,7 @@ class Checkpoint(BaseModel):
             expected=sorted(state.expected),
             refused=dict(state.refused),
             silent=dict(state.silent),
-            counted=sorted(state.counted),
+            counted=[(round_, device) for round_ in sorted(state.counted) for device in sorted(state.counted[round_])],
             keys_round=state.secure.keys_round,
             secure_level=state.secure.level,
             members=state.secure.members,
@@ -143,11 +147,11 @@ class Checkpoint(BaseModel):
             repeats=self.repeats,
             announced=self.announced,
             recent=self.recent,
-            devices=PersistentMap({status.device: status for status in self.devices}),
+            devices=PersistentMap({status.device: compact(status) for status in self.devices}),
             expected=frozenset(self.expected),
             refused=self.refused,
             silent=self.silent,
-            counted=frozenset(self.counted),
+            counted=with_counted({}, self.counted),
             secure=secure,
             former=FormerHead(vectors["former_head"], self.former_nlls, self.former_made, self.head_rejected),
             waiting=self.waiting,
@@ -160,6 +164,39 @@ class Checkpoint(BaseModel):
             excluded=frozenset(self.excluded),
             approved=self.approved,
         )
+
+
+# Fields that have an item for each device. A piece of a field has PIECE items at most.
+LONG = ("devices", "expected", "counted", "agreements", "left_out", "former_nlls", "good_nlls")
+PIECE = 500
+_ITEMS: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(get_type_hints(Checkpoint)[name]) for name in LONG}
+
+
+def pieces_of(checkpoint: Checkpoint) -> tuple[str, Iterator[tuple[str, int, str]]]:
+    """A checkpoint as JSON without the LONG fields; and their pieces: field, number of the first item, and items as
+    JSON."""
+    return checkpoint.model_dump_json(exclude=set(LONG)), _pieces(checkpoint)
+
+
+def _pieces(checkpoint: Checkpoint) -> Iterator[tuple[str, int, str]]:
+    for name in LONG:
+        field = getattr(checkpoint, name)
+        items = iter(field.items() if isinstance(field, dict) else field)
+        for first in range(0, len(field), PIECE):
+            part = type(field)(islice(items, PIECE))
+            yield name, first, _ITEMS[name].dump_json(part).decode()
+
+
+def join(rest: str, pieces: Iterable[tuple[str, str]]) -> Checkpoint:
+    """The inverse of `pieces_of`. `pieces`: field and items, those of a field in order."""
+    whole = Checkpoint.model_validate_json(rest)
+    for name, items in pieces:
+        field, part = getattr(whole, name), _ITEMS[name].validate_json(items)
+        if isinstance(field, dict):
+            field.update(part)
+        else:
+            field.extend(part)
+    return whole
 
 
 def vectors_of(state: State) -> Tensors:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from fedfmsl.errors import RunError
 
-SCHEMA = """
+FORMAT = 2  # of the database; a run of another format is refused
+SCHEMA = f"""
+PRAGMA user_version = {FORMAT};
 CREATE TABLE IF NOT EXISTS run (origin TEXT NOT NULL, ended TEXT);
 -- AUTOINCREMENT: a number is never used again, also after the events before a checkpoint were deleted
 CREATE TABLE IF NOT EXISTS events (
@@ -23,9 +25,19 @@ CREATE TABLE IF NOT EXISTS blobs (
 CREATE TABLE IF NOT EXISTS checkpoints (
     seq INTEGER PRIMARY KEY, at REAL NOT NULL, state TEXT NOT NULL, sha256 TEXT NOT NULL
 );
+-- those fields of the state that have an item for each device, in pieces
+CREATE TABLE IF NOT EXISTS checkpoint_pieces (
+    seq INTEGER NOT NULL, field TEXT NOT NULL, first INTEGER NOT NULL, items TEXT NOT NULL,
+    PRIMARY KEY (seq, field, first)
+) WITHOUT ROWID;
+-- records without the values of devices
 CREATE TABLE IF NOT EXISTS rounds (
     round INTEGER PRIMARY KEY, closed_at REAL NOT NULL, record TEXT NOT NULL, summary TEXT NOT NULL
 );
+-- what the record of a round has of its devices: header of the update and bytes on the wire; NULL if it is missing
+CREATE TABLE IF NOT EXISTS round_devices (
+    round INTEGER NOT NULL, device TEXT NOT NULL, answer TEXT, bytes_up INTEGER, PRIMARY KEY (round, device)
+) WITHOUT ROWID;
 -- closed rounds whose records are deleted: how many of each stage were `repeated` (1) or not (0)
 CREATE TABLE IF NOT EXISTS deleted_rounds (
     stage TEXT NOT NULL, repeated INTEGER NOT NULL, count INTEGER NOT NULL, PRIMARY KEY (stage, repeated)
@@ -55,11 +67,17 @@ def is_readable(folder: Path) -> bool:
     return not folder.exists() or os.access(folder, os.R_OK | os.X_OK)
 
 
-def check_version(path: Path, origin: str) -> None:
-    """Raises RunError for a run whose bundle held its class list."""
+def check_version(path: Path, origin: str, database: sqlite3.Connection) -> None:
+    """Raises RunError for a run of another version: one whose bundle held its class list, or of another FORMAT."""
     stored = json.loads(origin)
     if isinstance(stored, dict) and "sha256" in stored and "task" not in stored:
         raise RunError(
             f"{path} is a run of an earlier version, without a task; export its bundle again with python -m "
             "export.build, and start a new run with another --out"
+        )
+    (found,) = database.execute("PRAGMA user_version").fetchone()
+    if found != FORMAT:
+        raise RunError(
+            f"{path} is a run of another version (format {found}, this version has format {FORMAT}); go on with the "
+            "version that started it, or start a new run with another --out"
         )

@@ -68,6 +68,7 @@ class Observations:
         self._db: sqlite3.Connection | None = None
         self._healths: dict[str, tuple[str, float]] = {}
         self._statuses: dict[str, DeviceStatus] = {}  # as written
+        self._latest: Mapping[str, DeviceStatus] = {}  # the same, as `save` got them
         self._server: ServerView | None = None  # as written
         self._next = 0.0
 
@@ -75,13 +76,18 @@ class Observations:
         self._healths[health.device] = (health.model_dump_json(), heard)
 
     def save(self, server: ServerView, statuses: Mapping[str, DeviceStatus]) -> None:
-        """Writes what has changed, unless the last write was less than SECONDS ago."""
+        """Writes what has changed, unless the last write was less than SECONDS ago. `statuses` is never changed."""
         now = time.monotonic()
         if now < self._next:
             return
         self._next = now + SECONDS
-        changed = {name: status for name, status in statuses.items() if self._statuses.get(name) is not status}
+        changed = (
+            {name: status for name, status in statuses.items() if self._statuses.get(name) is not status}
+            if statuses is not self._latest  # without a look at each of ten thousand devices
+            else {}
+        )
         if self._is_written(server) and not changed and not self._healths:
+            self._latest = statuses
             return
         # the run forgets devices that have been offline for long
         forgotten = len(self._statuses) + len(changed.keys() - self._statuses.keys()) > len(statuses)
@@ -92,12 +98,12 @@ class Observations:
                 db.executemany(
                     "INSERT INTO devices (device, status, changed) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET status ="
                     " excluded.status, changed = excluded.changed",
-                    [(name, status.model_dump_json(), server.seen) for name, status in changed.items()],
+                    ((name, status.model_dump_json(), server.seen) for name, status in changed.items()),
                 )
                 db.executemany(
                     "INSERT INTO devices (device, health, heard, changed) VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
                     " health = excluded.health, heard = excluded.heard, changed = excluded.changed",
-                    [(name, *values, server.seen) for name, values in self._healths.items()],
+                    ((name, *values, server.seen) for name, values in self._healths.items()),
                 )
                 if forgotten:
                     known = {name for (name,) in db.execute("SELECT device FROM devices")}
@@ -108,7 +114,7 @@ class Observations:
         except sqlite3.Error:  # a power failure has damaged it
             self._begin_anew()
             return
-        self._server = server
+        self._server, self._latest = server, statuses
         self._statuses.update(changed)
         if forgotten:
             self._statuses = dict(statuses)
@@ -121,7 +127,7 @@ class Observations:
 
     def _begin_anew(self) -> None:
         self.close()
-        self._db, self._server, self._statuses = None, None, {}
+        self._db, self._server, self._statuses, self._latest = None, None, {}, {}
         for end in ("", "-wal", "-shm"):
             with contextlib.suppress(OSError):
                 self._path.with_name(f"{DATABASE}{end}").unlink(missing_ok=True)

@@ -24,7 +24,7 @@ class RunBlobs:
         self.folder = folder
         self.updates = UpdateFiles(folder)
         self._db = database
-        self._verified: set[str] = set()  # SHA-256 of blobs of updates that this process has read
+        self._verified: dict[str, Place] = {}  # by SHA-256, where blobs are that this process has written or read
 
     def read(self, sha256: str) -> Tensors:
         """The tensors of an accepted update or a kept global expert. Raises RunError if its file is missing or altered,
@@ -39,18 +39,21 @@ class RunBlobs:
             raise RunError(f"{self.folder / sha256}: {error}") from error
 
     def _blob(self, sha256: str) -> bytes:
-        row = self._db.execute("SELECT file, start, size FROM blobs WHERE sha256 = ?", (sha256,)).fetchone()
-        path = self.folder / (UpdateFiles.name(row[0]) if row else sha256)
+        place = verified = self._verified.get(sha256)
+        if place is None:
+            row = self._db.execute("SELECT file, start, size FROM blobs WHERE sha256 = ?", (sha256,)).fetchone()
+            place = Place(*row) if row else None
+        path = self.folder / (UpdateFiles.name(place.file) if place else sha256)
         try:
-            blob = self.updates.read(Place(*row)) if row else path.read_bytes()
+            blob = self.updates.read(place) if place else path.read_bytes()
         except OSError as error:
             if error.errno in EXHAUSTED:  # the file is not what fails
                 raise
             raise RunError(f"{path} cannot be read ({error.strerror}); restore it from a backup") from error
-        if sha256 not in self._verified and blob_hash(blob) != sha256:
+        if not (len(blob) == verified.size if verified else blob_hash(blob) == sha256):
             raise RunError(f"{path} was altered (wrong SHA-256); restore it from a backup")
-        if row:
-            self._verified.add(sha256)
+        if place:
+            self._verified[sha256] = place
         return blob
 
     def write(self, blob: bytes) -> str:
@@ -60,9 +63,11 @@ class RunBlobs:
         return sha256
 
     def place(self, places: Mapping[str, Place]) -> None:
-        """Stores where blobs of updates are, by SHA-256, within a transaction of the caller."""
+        """Stores where blobs of updates are that this process has written, by SHA-256, within a transaction of the
+        caller."""
         rows = [(sha256, *place) for sha256, place in places.items()]
         self._db.executemany("INSERT OR REPLACE INTO blobs VALUES (?, ?, ?, ?)", rows)
+        self._verified.update(places)
 
     def begin(self) -> None:
         """Later updates go to a new file."""

@@ -31,6 +31,7 @@ from trainer_server.coordinator.records import ClosedRound
 from trainer_server.coordinator.state import State
 from trainer_server.coordinator.warm_start import WarmStart
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
+from trainer_server.storage.checkpoint_rows import CheckpointRows
 from trainer_server.storage.database import SCHEMA, check_version, is_readable, open_database
 from trainer_server.storage.event_rows import Kind, LoggedEvent, from_row, to_row
 from trainer_server.storage.origin import Origin
@@ -70,14 +71,13 @@ class RunStore:
             self._db = open_database(path, busy_seconds)
             self._db.execute("PRAGMA synchronous = FULL")
             (origin, self.ended) = self._db.execute("SELECT origin, ended FROM run").fetchone()
-            check_version(path, origin)
+            check_version(path, origin, self._db)
             self.origin = Origin.model_validate_json(origin)
-            new = "SELECT summary, count, start FROM rounds, deleted_rounds, blobs LIMIT 0"  # not in earlier versions
-            self._db.execute(new)
         except (sqlite3.Error, TypeError, ValueError) as error:
             raise RunError(f"{path} cannot be read ({error}); is it a run of this version?") from error
         self.blobs = RunBlobs(folder / TENSORS, self._db)
         self.rounds = RoundRecords(self._db)
+        self._checkpoints = CheckpointRows(self._db)
         self.refusals = RefusalCounts(self._db)
 
     @classmethod
@@ -176,14 +176,13 @@ class RunStore:
         self.files.write_task(task)
         _write_start(self.folder, start)
         sha256 = self.blobs.write(pack(_Vectors(), vectors_of(state)))
-        row = (at, Checkpoint.of(state).model_dump_json(), sha256)
         with self._transaction():
             numbers = "SELECT seq FROM events UNION SELECT seq FROM checkpoints"
             (last,) = self._db.execute(f"SELECT coalesce(max(seq), 0) FROM ({numbers})").fetchone()
             self._db.execute("DELETE FROM events")
             self._db.execute("DELETE FROM blobs")
-            self._db.execute("DELETE FROM checkpoints")
-            self._db.execute("INSERT INTO checkpoints VALUES (?, ?, ?, ?)", (last, *row))
+            self._checkpoints.add(last, at, Checkpoint.of(state), sha256)
+            self._checkpoints.delete_before(last)
             self.rounds.add(closed, origin.config)
             self.refusals.add(refusals or {})
             self._db.execute("UPDATE run SET origin = ?", (origin.model_dump_json(),))
@@ -201,13 +200,12 @@ class RunStore:
         Raises OSError or sqlite3.Error if it cannot be written; the previous checkpoint is valid then.
         """
         sha256 = self.blobs.write(pack(_Vectors(), vectors_of(state)))
-        checkpoint = Checkpoint.of(state).model_dump_json()
         with self._transaction():
             (last,) = self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()
-            self._db.execute("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?)", (last, at, checkpoint, sha256))
+            self._checkpoints.add(last, at, Checkpoint.of(state), sha256)
             first = self._first_needed(last)
             self._db.execute("DELETE FROM events WHERE seq <= ?", (first,))
-            self._db.execute("DELETE FROM checkpoints WHERE seq < ?", (first,))
+            self._checkpoints.delete_before(first)
             unused = "DELETE FROM blobs WHERE sha256 NOT IN (SELECT sha256 FROM events WHERE sha256 IS NOT NULL)"
             self._db.execute(unused)
         self.blobs.begin()
@@ -244,8 +242,8 @@ class RunStore:
 
     def checkpoint(self) -> tuple[Checkpoint, float] | None:
         """The last checkpoint and its time. None before the first round."""
-        row = self._db.execute("SELECT state, at FROM checkpoints ORDER BY seq DESC LIMIT 1").fetchone()
-        return (Checkpoint.model_validate_json(row[0]), row[1]) if row else None
+        found = self._checkpoints.last()
+        return found[:2] if found else None
 
     def checkpoint_number(self) -> int:
         """That of the last checkpoint, which is higher than that of earlier ones; 0 before the first round."""
@@ -254,21 +252,20 @@ class RunStore:
 
     def state(self) -> tuple[State, float] | None:
         """The state in the last checkpoint and its time. Raises RunError if its tensor file is missing or altered."""
-        return self._state("SELECT state, sha256, at FROM checkpoints ORDER BY seq DESC LIMIT 1")
+        return self._state(self._checkpoints.last())
 
     def first_state(self) -> tuple[State, float] | None:
         """The state from which the kept events go on. None if they are all events of the run. Raises RunError as
         `state` does."""
         query = "SELECT (SELECT min(seq) FROM checkpoints) < coalesce((SELECT min(seq) FROM events), 1 << 62)"
         (was_cut,) = self._db.execute(query).fetchone()
-        return self._state("SELECT state, sha256, at FROM checkpoints ORDER BY seq LIMIT 1") if was_cut else None
+        return self._state(self._checkpoints.first()) if was_cut else None
 
-    def _state(self, query: str) -> tuple[State, float] | None:
-        row = self._db.execute(query).fetchone()
-        if row is None:
+    def _state(self, found: tuple[Checkpoint, float, str] | None) -> tuple[State, float] | None:
+        if found is None:
             return None
-        _, vectors = self.blobs.unpack(row[1], _Vectors)
-        return Checkpoint.model_validate_json(row[0]).state(vectors), row[2]
+        checkpoint, at, sha256 = found
+        return checkpoint.state(self.blobs.unpack(sha256, _Vectors)[1]), at
 
     def events(self, *kinds: Kind, since_checkpoint: bool = True) -> Iterator[LoggedEvent]:
         """Events of these kinds (none: of all) in order, updates with their tensors. Raises RunError as `RunBlobs.read`
