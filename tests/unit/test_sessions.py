@@ -24,10 +24,10 @@ from fedfmsl.common import files
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.class_names import MAX_CLASSES
 from fedfmsl.protocol.messages import Stage
-from trainer_server.coordinator.advance import next_deadline
 from trainer_server.coordinator.events import BeginSession, ClockTicked, Log, OperatorActed, StatusSeen, Stop
 from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.privacy_budget import NoisedRounds, privacy_budget
+from trainer_server.coordinator.round_end import next_deadline
 from trainer_server.coordinator.sessions import approved
 from trainer_server.inspect import replay
 from trainer_server.service.lifecycle import make_plan, open_bundle, open_run, replay_rounds
