@@ -36,6 +36,7 @@ from trainer_server.service.floods import SPARE_MESSAGES
 from trainer_server.service.lifecycle import make_plan, open_bundle, open_run, restore_state, run_server
 from trainer_server.service.run_log import LOG_BYTES
 from trainer_server.storage.kept_experts import KeptExperts
+from trainer_server.storage.observations import read_observations
 from trainer_server.storage.operations import Operations
 from trainer_server.storage.run_store import DATABASE, RunStore
 
@@ -211,6 +212,8 @@ def test_the_next_session_of_a_run_begins_while_devices_stay(vit: Built, broker:
             topics += [event.topic] if isinstance(event, Received) else []
         retained.close()
         assert not any(s.topics.globals_of(topic) == vit.bundle.task.sha256 for topic in topics)
+        view, _ = read_observations(s.folder)
+        assert view is not None and view.acted is not None and "quince" in view.acted.text  # in the former session
 
 
 def test_the_next_session_waits_for_the_broker(vit: Built, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from fedfmsl.common.files import EXHAUSTED, NO_DESCRIPTORS, has_descriptors
 from fedfmsl.errors import BrokerError, RunError
 from fedfmsl.protocol.chunks import CHUNK_BYTES, CHUNK_SIZES, HEADER_BYTES
 from fedfmsl.protocol.messages import DeviceStatus, ServerStatus
+from fedfmsl.protocol.tensors import blob_bytes
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Connected, Link
 from fedfmsl.transport.message_size import largest_message
@@ -47,10 +49,11 @@ from trainer_server.service.publisher import Publisher
 from trainer_server.service.receiver import Receiver
 from trainer_server.service.refusals import Refusals
 from trainer_server.service.rest import Rest
+from trainer_server.service.retained import remove_unneeded_globals
 from trainer_server.storage.event_rows import LoggedEvent
 from trainer_server.storage.expert_folder import last_result
 from trainer_server.storage.kept_experts import KeptExperts
-from trainer_server.storage.observations import Acted, Observations
+from trainer_server.storage.observations import Acted, Observations, read_observations
 from trainer_server.storage.operations import Operations
 from trainer_server.storage.run_store import RunStore
 
@@ -115,7 +118,8 @@ class Service:
         self._disk_error = ("", "")
         self._next_joined = 0.0
         self._joined: frozenset[str] | None = None  # the devices in the store's list before the first round
-        self._acted: Acted | None = None  # the operator's last action
+        before, _ = read_observations(store.folder, since=math.inf)
+        self._acted = before.acted if before else None  # the operator's last action
         self._must_connect = False  # before this session ends
         self._next_begins = False  # this session has ended, and the next one is in the store
 
@@ -139,6 +143,9 @@ class Service:
         RunError if the run failed or a newer server took over."""
         self._link.connect()
         self._measure_chunks()
+        announced = self._state.announced
+        needed = (announced.blobs if announced else frozenset()) | {self._plan.bundle.task.sha256}
+        remove_unneeded_globals(self._link, self._topics, needed, blob_bytes(self._plan.largest_update))
         self._link.subscribe(self._topics.status("+"))
         self._link.subscribe(self._topics.health("+"))
         self._link.subscribe(self._topics.update_chunk("+", "+", "+"))
