@@ -27,7 +27,7 @@ Kind = Literal["status", "update", "refused", "limits", "operator", "rest", "tic
 Row = tuple[float, Kind, str, str | None, int | None]  # at, kind, body, sha256, size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LoggedEvent:
     """An event that changed the state, and its time on the run's clock."""
 
