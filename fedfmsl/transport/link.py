@@ -23,7 +23,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.errors import BrokerError, ClockError
-from fedfmsl.transport.address import parse_address, require_loopback
+from fedfmsl.transport.address import netloc, parse_address, require_loopback
 from fedfmsl.transport.bounded_client import MAX_PAYLOAD, RECONNECT, BoundedClient
 from fedfmsl.transport.identity import client_context, read_identity
 from fedfmsl.transport.outage import Outage
@@ -155,7 +155,7 @@ class Link:
     def connect(self) -> None:
         """Connects, and reconnects until `close`. Raises BrokerError if the first attempt fails: a ClockError if this
         machine's clock is behind the broker's certificate. It can then be called again."""
-        where = f"MQTT broker at {self._address.host}:{self._address.port}"
+        where = f"MQTT broker at {netloc(self._address.host)}:{self._address.port}"
         try:
             self._client.connect(self._address.host, self._address.port, self._keepalive)
         except ssl.SSLError as error:

@@ -35,7 +35,7 @@ SHORT = 2  # states in the short form
 SHORT_STAGE1 = 1
 ROUNDS = 3 + SHORT_STAGE1 + STAGE2  # that are opened in a run, the last of them FINISHED
 ENDS = {
-    "before the end is committed": ("trainer_server.coordinator.advance:_close_round", "after", ROUNDS - 1),
+    "before the end is committed": ("trainer_server.coordinator.advance:close_round", "after", ROUNDS - 1),
     "after the end is committed, before it is announced": (f"{STORE}.save_checkpoint", "after", ROUNDS),
     "when the end has been announced": (
         "trainer_server.service.publisher:Publisher.announce_round",

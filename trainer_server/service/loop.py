@@ -26,7 +26,7 @@ from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Ove
 from fedfmsl.transport.message_size import largest_message
 from fedfmsl.transport.settings import SERVER_NAME
 from trainer_server.coordinator import waiting
-from trainer_server.coordinator.advance import advance, next_deadline
+from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.announce import announcement
 from trainer_server.coordinator.events import (
     AnnounceRound,
@@ -47,6 +47,7 @@ from trainer_server.coordinator.events import (
 )
 from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.records import number_of
+from trainer_server.coordinator.round_end import next_deadline
 from trainer_server.coordinator.sessions import approved
 from trainer_server.coordinator.state import Plan, State
 from trainer_server.service.batch import Batch, Statuses, flatten
@@ -61,11 +62,12 @@ from trainer_server.service.next_session import begin_session
 from trainer_server.service.publisher import Publisher
 from trainer_server.service.refusals import Refusals
 from trainer_server.service.rest import Rest
+from trainer_server.service.retained import remove_unneeded_globals
 from trainer_server.service.run_log import log_participation, log_round, log_stragglers
 from trainer_server.storage.event_rows import LoggedEvent
 from trainer_server.storage.expert_folder import last_result
 from trainer_server.storage.kept_experts import KeptExperts
-from trainer_server.storage.observations import Acted, Observations, ServerView
+from trainer_server.storage.observations import Acted, Observations, ServerView, read_observations
 from trainer_server.storage.operations import Operations
 from trainer_server.storage.run_store import RunStore
 from trainer_server.storage.uploads import Upload, Uploads
@@ -122,7 +124,8 @@ class Service:
         self._observations = Observations(store.folder)
         self._operations = Operations(store.folder)
         self._rest = Rest(wall)
-        self._acted: Acted | None = None  # the operator's last action
+        before, _ = read_observations(store.folder, since=math.inf)
+        self._acted = before.acted if before else None  # the operator's last action
         self._figures = figures
         self._kept = KeptExperts(store.folder)
         self._expert_folder = ExpertFolder(plan, store.folder / "global_expert")
@@ -149,6 +152,9 @@ class Service:
         RunError if the run failed or a newer server took over."""
         self._link.connect()
         self._measure_chunks()
+        announced = self._state.announced
+        needed = (announced.blobs if announced else frozenset()) | {self._plan.bundle.task.sha256}
+        remove_unneeded_globals(self._link, self._topics, needed, blob_bytes(self._plan.largest_update))
         self._link.subscribe(self._topics.status("+"))
         self._link.subscribe(self._topics.health("+"))
         self._link.subscribe(self._topics.update_chunk("+", "+", "+"))
