@@ -8,7 +8,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +18,8 @@ import pytest
 from support.brokers import RestartableBroker
 from support.bundles import Built
 from support.coordinators import ROUND_SECONDS, CoordinatorRun, make_update, plan_for
-from support.processes import Broker, Observer, Processes, free_port, wait_until
+from support.night_fleet import Killed
+from support.processes import SECONDS, Broker, Observer, Processes, free_port, wait_until
 from support.samples import CLASSES
 
 from fedfmsl.algorithms.aggregation import Aggregate, ScreenedMean
@@ -108,14 +109,20 @@ def scene(
 ) -> Iterator[Scene]:
     rounds = {"stage1_rounds": 1, "stage2_rounds": 1}
     plan = plan_for(vit, devices=1, run=run, round_timeout=round_timeout, schedule=schedule, **rounds)
-    config = plan.config
+    config, over = plan.config, threading.Event()
     folder.mkdir()
+
+    def clock() -> float:
+        if over.is_set():
+            raise Killed
+        return wall()
 
     def serve() -> None:
         open_run(folder, config, vit.bundle).close()
         store = RunStore(folder, busy_seconds=0.05)
-        options: dict[str, Any] = {"log_bytes": log_bytes, "allowed": allowed, "metrics": metrics, "wall": wall}
-        run_server(store, vit.bundle, broker.url, "", None, insecure=False, **options)
+        options: dict[str, Any] = {"log_bytes": log_bytes, "allowed": allowed, "metrics": metrics, "wall": clock}
+        with suppress(Killed):
+            run_server(store, vit.bundle, broker.url, "", None, insecure=False, **options)
 
     server = threading.Thread(target=serve, daemon=True)
     link = Link(broker.url, f"device-{run}")
@@ -124,7 +131,12 @@ def scene(
         server.start()
         wait_until(lambda: bool(observer.catch_up()), "the server is online")
         plan = Plan(config, vit.bundle, RunStore(folder).origin.session, plan_for(vit).read)
-        yield Scene(plan, folder, link, observer, server, serve)
+        made = Scene(plan, folder, link, observer, server, serve)
+        try:
+            yield made
+        finally:
+            over.set()
+            made.server.join(SECONDS)
     link.close()
 
 
