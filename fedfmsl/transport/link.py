@@ -206,9 +206,12 @@ class Link:
     def next_event(self, timeout: float) -> LinkEvent | None:
         """Waits up to `timeout` seconds."""
         try:
-            return self.events.get(timeout=max(timeout, 0.0))
+            event = self.events.get(timeout=max(timeout, 0.0))
         except queue.Empty:
             return None
+        if self.events.qsize() <= MAX_EVENTS // 2 and not self._client.caught_up.is_set():
+            self._client.caught_up.set()
+        return event
 
     def post(self, value: object) -> None:
         """Adds Posted(value) to the queue, in any thread. Does nothing after `close`."""
@@ -223,6 +226,7 @@ class Link:
             with contextlib.suppress(RuntimeError, ValueError):
                 last.wait_for_publish(CONNECT_SECONDS)
         self._client.closing.set()
+        self._client.caught_up.set()
         self._client.disconnect()
         with contextlib.suppress(AttributeError):  # paho's thread may end between paho's look at it and its join
             self._client.loop_stop()
