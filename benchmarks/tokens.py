@@ -5,7 +5,7 @@ into two sets by turns, and each patch of the first is paired with the patch of 
 cosine. The closest pairs become their weighted mean. The logarithm of a token's size is added to its scores. All blocks
 but the last two, which level 2 trains, merge equally many. The last two take merged tokens as plain ones.
 
-Prints rows of the first table of benchmarks/tokens.md. A row takes seconds on a GPU, and minutes on two cores.
+Prints rows of the frontier in benchmarks/tokens.md. A row takes seconds on a GPU, and minutes on two cores.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import ByteSize, Field
+from pydantic import ByteSize, Field, model_validator
 
 from edge_runtime.resources.governor import Limits
 from fedfmsl.common.hours import Hours
@@ -15,7 +15,7 @@ from fedfmsl.common.processors import usable_processors
 from fedfmsl.common.settings import MAX_THREADS, CommaSeparated, File, Fraction, SettingsModel, checked, panel
 from fedfmsl.protocol.frigate import check_state_topic
 from fedfmsl.protocol.setting_types import EngineChoice
-from fedfmsl.transport.listening import parse_listen
+from fedfmsl.transport.listening import parse_reachable
 from fedfmsl.transport.settings import (
     CONNECTION,
     HOME_ASSISTANT,
@@ -33,7 +33,7 @@ RUN, SAMPLES, RESOURCES, SCHEDULE, OUTPUT = (
 
 
 FrigateTopic = Annotated[str, checked(check_state_topic)]
-AuthorityAddress = Annotated[str, checked(parse_listen)]
+AuthorityAddress = Annotated[str, checked(parse_reachable)]
 
 
 class Secure(str, Enum):
@@ -210,6 +210,12 @@ class Settings(PredictSettings, LogSettings):
         "Default: none.",
         json_schema_extra=OUTPUT,
     )
+
+    @model_validator(mode="after")
+    def _check_frigate(self) -> Settings:
+        if self.frigate is not None and self.watch is None:
+            raise ValueError("--frigate publishes the classes of the files of --watch; give --watch DIR, or omit it")
+        return self
 
     @property
     def thread_count(self) -> int:

@@ -48,11 +48,13 @@ def choose_weights(model: str, weights: str | None, revision: str | None) -> tup
     Raises ConfigError for an unknown model or a revision without a repository, WeightsError if there is no folder.
     """
     spec = MODELS.get(model)
-    if spec is None and not Path(model).is_dir():
+    if spec is None and not (model and Path(model).is_dir()):
         raise ConfigError(f"--model {model!r} is neither a known model ({', '.join(MODELS)}) nor a transformers folder")
-    source = weights or (spec.hub if spec else model)
-    if weights not in (None, RANDOM) and not Path(source).is_dir():
+    source = (spec.hub if spec else model) if weights is None else weights
+    if weights not in (None, RANDOM) and not (weights and Path(weights).is_dir()):
         raise WeightsError(f"--weights {source!r} is not a folder; pass a transformers folder or 'random'")
+    if spec is None and weights not in (None, RANDOM):
+        raise ConfigError(f"--model {model} is a folder, which has its own weights; omit --weights {weights}")
     if revision and (source == RANDOM or Path(source).is_dir()):
         raise ConfigError(f"--revision {revision} selects a commit on the hub, but the weights are {source}; remove it")
     return spec, source

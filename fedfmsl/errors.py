@@ -15,6 +15,8 @@ LINE = 300  # maximum length of untrusted text, in characters
 def one_line(text: object) -> str:
     """Untrusted text as one short line of printable characters, for errors and logs."""
     line = " ".join(str(text)[: 10 * LINE].split())
+    if line.isprintable():
+        return line[:LINE]
     return "".join(c if c.isprintable() else "?" for c in line)[:LINE]
 
 

@@ -24,7 +24,7 @@ from fedfmsl.protocol.tensors import blob_hash, pack, unpack
 from simulation.fleet import Fleet
 from simulation.spill import StoredUpdates
 from trainer_server.config import RunConfig
-from trainer_server.coordinator.advance import advance, is_complete, next_deadline
+from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import (
     ClockTicked,
     Command,
@@ -37,6 +37,7 @@ from trainer_server.coordinator.events import (
     UpdateSeen,
 )
 from trainer_server.coordinator.records import ClosedRound
+from trainer_server.coordinator.round_end import is_complete, next_deadline
 from trainer_server.coordinator.state import Plan, State, initial_state
 from trainer_server.coordinator.warm_start import WarmStart
 

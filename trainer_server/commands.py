@@ -24,6 +24,7 @@ from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
+from trainer_server.coordinator.records import number_of
 from trainer_server.inspect import export, replay, rounds, status
 from trainer_server.operate import classes, rollback
 from trainer_server.service.bundle_http import BundleServer
@@ -103,8 +104,8 @@ def _coordinate(
     identity, insecure = settings.identity, settings.insecure
     if settings.allowed is not None and len(settings.allowed) < store.origin.config.devices:
         raise ConfigError(
-            f"--allow has {len(settings.allowed)} devices, and the run waits for {store.origin.config.devices}; add "
-            "names, or lower --devices"
+            f"--allow has {number_of(len(settings.allowed), 'device')}, and the run waits for "
+            f"{store.origin.config.devices}; add names, or lower --devices"
         )
     with ExitStack() as served:
         served.enter_context(signals_logged(logger, f"to go on: python -m trainer_server resume --out {store.folder}"))

@@ -118,6 +118,14 @@ class ServiceSettings(ConnectionSettings, LogSettings, ConsoleAccess):
         json_schema_extra=CONNECTION,
     )
 
+    @model_validator(mode="after")
+    def _check_effect(self) -> ServiceSettings:
+        if self.revoked is not None and self.identity is None:
+            raise ValueError("--revoked has no effect without --identity: devices show no certificate; add it")
+        if self.console_token is not None and self.console is None:
+            raise ValueError("--console-token has no effect without --console; add --console HOST:PORT")
+        return self
+
     @cached_property
     def allowed(self) -> frozenset[str] | None:
         """The devices of `allow`; None if all are allowed. Raises ConfigError."""
@@ -133,7 +141,7 @@ class ServiceSettings(ConnectionSettings, LogSettings, ConsoleAccess):
                 raise ConfigError("the file names no device")
         except (OSError, UnicodeDecodeError, ConfigError) as error:
             raise ConfigError(
-                f"--allow {self.allow}: {error}; give names like kitchen,balcony or a file with one per line"
+                f"--allow {self.allow!r}: {error}; give names like kitchen,balcony or a file with one per line"
             ) from error
         return found
 

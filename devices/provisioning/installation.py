@@ -106,6 +106,7 @@ def _device_toml(request: Request, board: Board | None) -> str:
     values: dict[str, Value] = settings.model_dump(mode="json", include=settings.model_fields_set, exclude_none=True)
     values |= {key: str(value.absolute()) for key, value in settings if key in values and isinstance(value, Path)}
     if settings.identity:
+        read_identity(settings.identity)  # raises ConfigError
         values["identity"] = "".join(_PEM.findall(settings.identity.read_text("utf-8", errors="replace")))
     parts: list[tuple[str, dict[str, Value]]] = [
         ("Options of the installation.", {key: value for key, value in values.items() if key in request.overrides}),

@@ -28,7 +28,7 @@ from fedfmsl.common.folder_walk import SkippedFile, count_files
 from fedfmsl.common.onnx_runtime import require_ort_training
 from fedfmsl.common.processors import usable_processors
 from fedfmsl.errors import ConfigError, InputError, RunError
-from fedfmsl.protocol.class_names import write_names
+from fedfmsl.protocol.class_names import check_names, write_names
 from fedfmsl.protocol.task_bundle import TaskBundle
 
 IMAGE_SIZE = 140  # of the default model
@@ -45,6 +45,7 @@ def run_trial(settings: TrialSettings) -> None:
     kind = kind_of(samples)
     skipped: list[SkippedFile] = []
     train, test = find_files(samples, kind, settings.classes, skipped=skipped)
+    check_names(settings.classes or list(train), "--classes" if settings.classes else f"--images {samples}")
     settings = _with_model(settings)
     _clear(folder)
     shares = settings.devices + settings.unseen

@@ -68,8 +68,8 @@ def write_device_folders(
     empty = [root.name for root in roots if not any((root / "train").iterdir())]
     if empty:
         raise ConfigError(
-            f"{', '.join(empty)} would have no samples with alpha {alpha}, seed {seed} and {devices} devices; "
-            "use a larger alpha, fewer devices or another seed"
+            f"{len(empty)} of {devices} devices would have no samples with --alpha {alpha:g} and --seed {seed}; use a "
+            "larger --alpha, fewer --devices or another --seed"
         )
     return roots
 

@@ -19,6 +19,7 @@ from edge_runtime.daemon.status import describe_model
 from edge_runtime.daemon.worker import Worker, progress_poster
 from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import LEVELS_AHEAD, FeatureCache
+from edge_runtime.data.labels import read_labels
 from edge_runtime.engines.factory import open_engine
 from edge_runtime.inference.home_assistant import DeviceDescription, discovery_message
 from edge_runtime.inference.watcher import Watcher
@@ -52,6 +53,8 @@ def launch(settings: Settings) -> None:
     check_folder(settings.images, "--images")
     if settings.watch:
         check_folder(settings.watch, "--watch")
+    if settings.labels:
+        read_labels(settings.labels)  # raises InputError now, and not only once the server is there
     require_provider(settings.provider)  # before a bundle is downloaded
     topics, store = Topics(settings.run, settings.topic_prefix), DeviceStore(settings.state)
     name = store.ensure_name(device_name(settings.device, settings.identity))

@@ -311,4 +311,4 @@ def _explain(details: ErrorDetails, places: Mapping[str, Place], config: Path | 
     _, quoted, predicate = message.partition(value)
     if quoted and value[0] in "'\"":  # shows the value once
         return line, f"{name}{value}{predicate}"
-    return line, f"{name}{value}: {message}"
+    return line, f"{name}{value}{'' if message.startswith('is ') else ':'} {message}"

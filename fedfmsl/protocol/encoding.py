@@ -77,7 +77,7 @@ def _from_int8(layout: Layout, tensors: Tensors) -> Steps:
         found = "missing" if scales is None else f"{scales.dtype}{list(scales.shape)}"
         raise MessageError(f"tensor {SCALES!r} is {found}, expected float32[{len(steps)}]")
     factors = np.asarray(scales, np.float64)
-    if not ((factors >= 0) & (factors <= _LARGEST_SCALE)).all():
+    if not all(0 <= factor <= _LARGEST_SCALE for factor in factors.tolist()):
         raise MessageError(f"tensor {SCALES!r} has values that are not finite, negative or too large")
     slots = layout.checked(steps, np.int8)
     values = [np.asarray(steps[slot.name], np.int8).ravel() for slot in slots]

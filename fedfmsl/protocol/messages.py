@@ -372,7 +372,7 @@ def parse(message_type: type[M], payload: bytes) -> M:
     if len(payload) > message_type.max_bytes:
         raise MessageError(f"{message_type.__name__} of {len(payload)} bytes: more than {message_type.max_bytes}")
     try:
-        return compact(message_type.model_validate_json(payload))
+        return message_type.model_validate_json(payload)
     except ValidationError as error:
         raise MessageError(f"not a valid {message_type.__name__}: {first_error(error)}") from None
 

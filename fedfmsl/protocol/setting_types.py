@@ -14,6 +14,8 @@ EngineChoice = Literal["auto", "step-graph", "ort-training"]
 
 
 def _split(value: Any) -> Any:
+    if value == "":
+        raise ValueError("is empty; name the classes, like apple,pear, or leave it out")
     try:
         return split_names(value) if isinstance(value, str) else value
     except ConfigError as error:  # pydantic collects only ValueErrors

@@ -57,6 +57,8 @@ def parse_address(broker: str) -> Address:
         host = port = None
     if scheme not in PORTS or not host or port == 0 or not _NETLOC.fullmatch(parts.netloc):
         raise ConfigError(f"{text} is not of the form mqtt://host:port; the other schemes are mqtts, ws and wss")
+    if parts.path.strip("/") and scheme not in ("ws", "wss"):
+        raise ConfigError(f"{text} has a path, which only addresses of ws and wss have; remove it")
     if not location.isprintable() or not is_host(host):
         raise ConfigError(f"{text} has no valid host name or address; check its dots, spaces and length")
     user, _, password = login.partition(":")

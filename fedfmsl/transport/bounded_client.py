@@ -26,7 +26,7 @@ MAX_PAYLOAD = 256 * 1024  # bytes of a message; the longest of this project is a
 _HEAD = 2 + 65535 + 2  # largest head of a packet: length of the topic, topic, packet number
 _MAX_PACKET = _HEAD + MAX_PAYLOAD
 _BLOCK = 1 << 16
-_PAUSE_SECONDS = 0.05  # between two looks at whether the receiver has caught up
+_PAUSE_SECONDS = 0.05  # between two looks at what is published, while the receiver is behind
 RECONNECT = Backoff(first=4.0, longest=60.0)
 
 
@@ -37,7 +37,7 @@ class BoundedClient(paho.Client):
     the broker does not send it again.
 
     While `is_behind()` it reads nothing, and TCP holds the broker back. It still sends what is published, and pings, so
-    the broker keeps the connection.
+    the broker keeps the connection. It reads on once `caught_up` is set.
     """
 
     def __init__(self, client_id: str, websocket: bool, is_behind: Callable[[], bool], backoff: Backoff) -> None:
@@ -48,6 +48,7 @@ class BoundedClient(paho.Client):
             transport="websockets" if websocket else "tcp",
         )
         self.closing = threading.Event()  # stops the attempts to connect
+        self.caught_up = threading.Event()  # a fixed pause would limit how many messages are read in a second
         self.last_error: OSError | None = None  # of the socket, or of the attempt to connect
         self.peer_until = 0.0  # when the broker's certificate expires, in unix seconds; 0 without TLS
         self._is_behind = is_behind
@@ -68,7 +69,9 @@ class BoundedClient(paho.Client):
 
     def _packet_read(self) -> MQTTErrorCode:
         if self._pauses():
-            self.closing.wait(_PAUSE_SECONDS)
+            self.caught_up.clear()
+            if self._pauses():  # also after `clear`, which may have followed the receiver's `set`
+                self.caught_up.wait(_PAUSE_SECONDS)
             return MQTTErrorCode.MQTT_ERR_AGAIN
         return super()._packet_read()
 

@@ -84,7 +84,9 @@ def read_identity(path: Path) -> Identity:
         text = path.read_text("utf-8", errors="replace")  # there may be any text around the PEM blocks
         mode = path.stat().st_mode
     except OSError as error:
-        raise ConfigError(f"identity {path} is not readable ({error}); make one with devices.provision") from error
+        raise ConfigError(
+            f"identity {path} is not readable ({error.strerror}); make one with devices.provision"
+        ) from error
     blocks = pem_blocks(text)
     certificates = [block for kind, block in blocks if kind == _CERTIFICATE]
     has_key = any(kind.endswith(_KEY) for kind, _ in blocks)

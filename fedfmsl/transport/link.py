@@ -23,7 +23,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.errors import BrokerError, ClockError
-from fedfmsl.transport.address import parse_address, require_loopback
+from fedfmsl.transport.address import netloc, parse_address, require_loopback
 from fedfmsl.transport.bounded_client import MAX_PAYLOAD, RECONNECT, BoundedClient
 from fedfmsl.transport.identity import client_context, read_identity
 from fedfmsl.transport.outage import Outage
@@ -155,7 +155,7 @@ class Link:
     def connect(self) -> None:
         """Connects, and reconnects until `close`. Raises BrokerError if the first attempt fails: a ClockError if this
         machine's clock is behind the broker's certificate. It can then be called again."""
-        where = f"MQTT broker at {self._address.host}:{self._address.port}"
+        where = f"MQTT broker at {netloc(self._address.host)}:{self._address.port}"
         try:
             self._client.connect(self._address.host, self._address.port, self._keepalive)
         except ssl.SSLError as error:
@@ -206,9 +206,12 @@ class Link:
     def next_event(self, timeout: float) -> LinkEvent | None:
         """Waits up to `timeout` seconds."""
         try:
-            return self.events.get(timeout=max(timeout, 0.0))
+            event = self.events.get(timeout=max(timeout, 0.0))
         except queue.Empty:
             return None
+        if self.events.qsize() <= MAX_EVENTS // 2 and not self._client.caught_up.is_set():
+            self._client.caught_up.set()
+        return event
 
     def post(self, value: object) -> None:
         """Adds Posted(value) to the queue, in any thread. Does nothing after `close`."""
@@ -223,6 +226,7 @@ class Link:
             with contextlib.suppress(RuntimeError, ValueError):
                 last.wait_for_publish(CONNECT_SECONDS)
         self._client.closing.set()
+        self._client.caught_up.set()
         self._client.disconnect()
         with contextlib.suppress(AttributeError):  # paho's thread may end between paho's look at it and its join
             self._client.loop_stop()

@@ -13,7 +13,7 @@ from support.recovery import strike_each
 from support.run_oracle import Reference
 
 DEVICE, OUTBOX = "edge_runtime.daemon.secure_rounds:SecureRounds", "edge_runtime.store.outbox:Outbox"
-STORE, SERVICE = "trainer_server.storage.run_store:RunStore", "trainer_server.service.loop:Service"
+STORE = "trainer_server.storage.run_store:RunStore"
 KILLS = {  # arguments of `kill_point.arm` at the steps of a secure sum
     VICTIM: [
         *(

@@ -18,7 +18,7 @@ from support.simulation import ROUNDS_PER_FAULT, STAGE2, Simulation
 from fedfmsl.protocol.task_bundle import TaskBundle
 
 DELAY = (0.1, 0.4)
-STORE, SERVICE = "trainer_server.storage.run_store:RunStore", "trainer_server.service.loop:Service"
+STORE = "trainer_server.storage.run_store:RunStore"
 STATES = {  # point and side of `kill_point.arm`, and the last call of which one is drawn
     "before a commit": (f"{STORE}.commit", "before", 5),
     "after a commit": (f"{STORE}.commit", "after", 5),
@@ -26,16 +26,16 @@ STATES = {  # point and side of `kill_point.arm`, and the last call of which one
     "between the last commit and the announcement": (f"{STORE}.save_checkpoint", "after", 2),
     "before an update is on the disk": ("trainer_server.storage.update_files:UpdateFiles.sync", "before", 6),
     "after an update is on the disk": ("trainer_server.storage.update_files:UpdateFiles.sync", "after", 6),
-    "before an acknowledgement or another command": (f"{SERVICE}._execute", "before", 8),
-    "after an acknowledgement or another command": (f"{SERVICE}._execute", "after", 8),
+    "before an acknowledgement or another command": ("trainer_server.service.executor:Executor.execute", "before", 8),
+    "after an acknowledgement or another command": ("trainer_server.service.executor:Executor.execute", "after", 8),
     "after the broker has what it published": ("fedfmsl.transport.link:Link.publish", "after", 12),
-    "while devices gather": (f"{SERVICE}._receive", "before", 3),
+    "while devices gather": ("trainer_server.service.receiver:Receiver._receive", "before", 3),
 }
 SHORT = 2  # states in the short form
 SHORT_STAGE1 = 1
 ROUNDS = 3 + SHORT_STAGE1 + STAGE2  # that are opened in a run, the last of them FINISHED
 ENDS = {
-    "before the end is committed": ("trainer_server.coordinator.advance:_close_round", "after", ROUNDS - 1),
+    "before the end is committed": ("trainer_server.coordinator.advance:close_round", "after", ROUNDS - 1),
     "after the end is committed, before it is announced": (f"{STORE}.save_checkpoint", "after", ROUNDS),
     "when the end has been announced": (
         "trainer_server.service.publisher:Publisher.announce_round",

@@ -33,7 +33,7 @@ from fedfmsl.protocol.messages import Activity, DeviceStatus, Health, Prediction
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Received
 
-DEVICE, RUN, ANNOUNCED = "device-0", "in-use", "announced"
+DEVICE, ANNOUNCED = "device-0", "announced"
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ def device(broker: Broker, bundle: Path, photos: dict[str, Path], tmp_path: Path
     inbox.mkdir()
     images = shutil.copytree(photos[DEVICE], tmp_path / "photos")
     (images / "apple" / "torn.jpg").write_bytes(b"\xff\xd8 torn")
-    config = tmp_path / "device.toml"
+    config, run = tmp_path / "device.toml", f"in-use-{port}"  # a new run in each folder, on a common broker
     config.write_text(
-        f'run = "{RUN}"\ndevice = "{DEVICE}"\nbroker = "{broker.url}"\nimages = "photos"\nstate = "state"\n'
+        f'run = "{run}"\ndevice = "{DEVICE}"\nbroker = "{broker.url}"\nimages = "photos"\nstate = "state"\n'
         f'bundle = "{bundle}"\nthreads = 1\nwatch = "inbox"\nmetrics = "127.0.0.1:{port}"\nlog = "json"\n'
         'log_file = "log/device.log"\n'
     )
-    with Processes(tmp_path / "logs") as processes, Observer(broker, RUN) as observer:
-        federation = Federation(RUN, broker, bundle, {DEVICE: images}, tmp_path, processes)
+    with Processes(tmp_path / "logs") as processes, Observer(broker, run) as observer:
+        federation = Federation(run, broker, bundle, {DEVICE: images}, tmp_path, processes)
         yield Device(config, inbox, state, port, federation, observer)
 
 
@@ -140,7 +140,7 @@ def test_a_device_with_a_downloaded_bundle_is_announced_to_home_assistant(device
     device.config.write_text("".join(line for line in text.splitlines(True) if not line.startswith("bundle")))
     home = Link(broker.url, "home-assistant")
     home.connect()
-    home.subscribe(f"homeassistant/device/{RUN}/#")
+    home.subscribe(f"homeassistant/device/{device.federation.run}/#")
     device.federation.start_server(
         "--serve", f"127.0.0.1:{free_port()}", "--stage1-rounds", "1", "--stage2-rounds", "1"
     )

@@ -45,7 +45,6 @@ from fedfmsl.protocol.messages import (
 )
 from fedfmsl.protocol.tensors import unpack
 from trainer_server.config import Aggregation, Head, Rule, Selection
-from trainer_server.coordinator.advance import next_deadline
 from trainer_server.coordinator.events import (
     AnnounceRound,
     ClockTicked,
@@ -57,6 +56,7 @@ from trainer_server.coordinator.events import (
     Stop,
     StoreRound,
 )
+from trainer_server.coordinator.round_end import next_deadline
 from trainer_server.coordinator.round_update import scaled_down
 from trainer_server.coordinator.state import Accepted
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of

@@ -14,7 +14,6 @@ from fedfmsl.common.settings import read_settings
 from fedfmsl.errors import ConfigError
 from fedfmsl.protocol.messages import Round, Stage, Verdict
 from trainer_server.config import RunConfig
-from trainer_server.coordinator.advance import next_deadline
 from trainer_server.coordinator.events import (
     AnnounceRound,
     ClockTicked,
@@ -27,6 +26,7 @@ from trainer_server.coordinator.events import (
 from trainer_server.coordinator.limits import MAX_STRETCH, check_change, least_updates
 from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.refusals import LEFT_OUT_AFTER, LEFT_OUT_ROUNDS
+from trainer_server.coordinator.round_end import next_deadline
 from trainer_server.service.lifecycle import change_limits, make_plan, open_run, replay_rounds, restore_state
 from trainer_server.service.stored import refuse_changes, require_unchanged, stored_settings
 from trainer_server.settings import ResumeSettings, ServerSettings, ServiceSettings

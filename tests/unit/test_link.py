@@ -24,6 +24,7 @@ from devices.provisioning.broker_kit import password_line
 from fedfmsl.common.backoff import Backoff
 from fedfmsl.common.settings import read_settings
 from fedfmsl.errors import BrokerError, ConfigError
+from fedfmsl.transport import bounded_client
 from fedfmsl.transport.address import parse_address
 from fedfmsl.transport.bounded_client import MAX_PAYLOAD
 from fedfmsl.transport.link import KEEPALIVE_SECONDS, MAX_EVENTS, Connected, Link, LinkEvent, Oversize, Received
@@ -172,7 +173,8 @@ def test_100_megabytes_in_one_websocket_frame_are_dropped_with_bounded_memory() 
 
 
 @needs_mosquitto
-def test_a_full_queue_holds_few_messages_and_loses_none(port: int) -> None:
+def test_a_full_queue_holds_few_messages_and_loses_none(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_client, "_PAUSE_SECONDS", 3600)  # it is read on as soon as there is room
     sender, reader = connected(port, "sender"), connected(port, "reader", "flood")
     count = 3 * MAX_EVENTS
     for number in range(count):

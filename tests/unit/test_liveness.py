@@ -45,7 +45,7 @@ def test_a_device_without_heartbeats_is_lost_and_comes_back_with_one(liveness: L
     assert lost_at(liveness, 265) == 265 + SILENCE
 
 
-def test_names_that_are_gone_make_room_for_others(liveness: Liveness) -> None:
+def test_names_that_are_gone_make_space_for_others(liveness: Liveness) -> None:
     names = [HERE.model_copy(update={"device": f"d{number}"}) for number in range(9)]
     for number, status in enumerate(names):
         liveness.status(status, retained=False, now=number * SILENCE / 2)

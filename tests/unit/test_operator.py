@@ -11,9 +11,9 @@ from support.bundles import Built
 from support.coordinators import JOIN_SECONDS, ROUND_SECONDS, CoordinatorRun, plan_for, started
 
 from fedfmsl.protocol.messages import Stage, Verdict
-from trainer_server.coordinator.advance import next_deadline
 from trainer_server.coordinator.events import ClockTicked, CountRefusal, Log, OperatorActed, RestChanged, StoreRound
 from trainer_server.coordinator.operator import Action, Operation
+from trainer_server.coordinator.round_end import next_deadline
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 from trainer_server.storage.operations import MOST, Operations
 

@@ -1,4 +1,4 @@
-"""A server does not take over the devices of another run of the same name."""
+"""What a server does with what the broker has of an earlier server of its name."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 from support.processes import Broker, Processes
+from support.training_contexts import announced_round
 
 from fedfmsl.errors import RunError
-from fedfmsl.protocol.messages import ServerStatus, encode
+from fedfmsl.protocol.chunks import CHUNK_BYTES
+from fedfmsl.protocol.messages import ServerStatus, Stage, encode
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
+from trainer_server.service.retained import remove_unneeded_globals, retained
 from trainer_server.service.same_name import require_own_run
 
 OWN, OTHER = "own", "other"
@@ -47,6 +50,22 @@ def test_another_run_of_the_name_that_has_not_ended_keeps_its_devices(
             require_own_run(Link(broker.url, "server"), topics, OWN, SECONDS)
     else:
         require_own_run(Link(broker.url, "server"), topics, OWN, SECONDS)
+
+
+def test_globals_that_a_killed_server_has_left_are_deleted(broker: Broker) -> None:
+    topics, link = Topics("orchard"), Link(broker.url, "server")
+    link.connect()
+    kept, *gone = blobs = "a" * 64, "b" * 64, "c" * 64
+    former = announced_round(Stage.PERSONAL, expert=kept, gate=gone[0])
+    status = ServerStatus(online=True, run="orchard", session="1", task=gone[1])
+    chunks = [topics.globals_chunk(sha256, index) for sha256 in blobs for index in range(2)]
+    left = {topics.round: encode(former), topics.server_status: encode(status), **dict.fromkeys(chunks, b"chunk")}
+    for topic, payload in left.items():
+        link.publish(topic, payload, retain=True).wait_for_publish(SECONDS)
+    remove_unneeded_globals(link, topics, frozenset({kept}), 2 * CHUNK_BYTES)
+    found = [each.topic for each in retained(link, topics, chunks, SECONDS)]
+    link.close()
+    assert found == chunks[:2]
 
 
 def test_a_name_that_is_new_to_the_broker_is_free(broker: Broker) -> None:

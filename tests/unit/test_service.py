@@ -8,7 +8,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +18,8 @@ import pytest
 from support.brokers import RestartableBroker
 from support.bundles import Built
 from support.coordinators import ROUND_SECONDS, CoordinatorRun, make_update, plan_for
-from support.processes import Broker, Observer, Processes, free_port, wait_until
+from support.night_fleet import Killed
+from support.processes import SECONDS, Broker, Observer, Processes, free_port, wait_until
 from support.samples import CLASSES
 
 from fedfmsl.algorithms.aggregation import Aggregate, ScreenedMean
@@ -36,6 +37,7 @@ from trainer_server.service.floods import SPARE_MESSAGES
 from trainer_server.service.lifecycle import make_plan, open_bundle, open_run, restore_state, run_server
 from trainer_server.service.run_log import LOG_BYTES
 from trainer_server.storage.kept_experts import KeptExperts
+from trainer_server.storage.observations import read_observations
 from trainer_server.storage.operations import Operations
 from trainer_server.storage.run_store import DATABASE, RunStore
 
@@ -107,14 +109,20 @@ def scene(
 ) -> Iterator[Scene]:
     rounds = {"stage1_rounds": 1, "stage2_rounds": 1}
     plan = plan_for(vit, devices=1, run=run, round_timeout=round_timeout, schedule=schedule, **rounds)
-    config = plan.config
+    config, over = plan.config, threading.Event()
     folder.mkdir()
+
+    def clock() -> float:
+        if over.is_set():
+            raise Killed
+        return wall()
 
     def serve() -> None:
         open_run(folder, config, vit.bundle).close()
         store = RunStore(folder, busy_seconds=0.05)
-        options: dict[str, Any] = {"log_bytes": log_bytes, "allowed": allowed, "metrics": metrics, "wall": wall}
-        run_server(store, vit.bundle, broker.url, "", None, insecure=False, **options)
+        options: dict[str, Any] = {"log_bytes": log_bytes, "allowed": allowed, "metrics": metrics, "wall": clock}
+        with suppress(Killed):
+            run_server(store, vit.bundle, broker.url, "", None, insecure=False, **options)
 
     server = threading.Thread(target=serve, daemon=True)
     link = Link(broker.url, f"device-{run}")
@@ -123,7 +131,12 @@ def scene(
         server.start()
         wait_until(lambda: bool(observer.catch_up()), "the server is online")
         plan = Plan(config, vit.bundle, RunStore(folder).origin.session, plan_for(vit).read)
-        yield Scene(plan, folder, link, observer, server, serve)
+        made = Scene(plan, folder, link, observer, server, serve)
+        try:
+            yield made
+        finally:
+            over.set()
+            made.server.join(SECONDS)
     link.close()
 
 
@@ -211,6 +224,8 @@ def test_the_next_session_of_a_run_begins_while_devices_stay(vit: Built, broker:
             topics += [event.topic] if isinstance(event, Received) else []
         retained.close()
         assert not any(s.topics.globals_of(topic) == vit.bundle.task.sha256 for topic in topics)
+        view, _ = read_observations(s.folder)
+        assert view is not None and view.acted is not None and "quince" in view.acted.text  # in the former session
 
 
 def test_the_next_session_waits_for_the_broker(vit: Built, tmp_path: Path) -> None:

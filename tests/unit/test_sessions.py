@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import sys
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,20 @@ from fedfmsl.common import files
 from fedfmsl.errors import ConfigError, RunError
 from fedfmsl.protocol.class_names import MAX_CLASSES
 from fedfmsl.protocol.messages import Stage
-from trainer_server.coordinator.advance import next_deadline
 from trainer_server.coordinator.events import BeginSession, ClockTicked, Log, OperatorActed, StatusSeen, Stop
 from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.privacy_budget import NoisedRounds, privacy_budget
+from trainer_server.coordinator.round_end import next_deadline
 from trainer_server.coordinator.sessions import approved
 from trainer_server.inspect import replay
 from trainer_server.service.lifecycle import make_plan, open_bundle, open_run, replay_rounds
 from trainer_server.service.next_session import begin_session
 from trainer_server.service.start_from import read_start
+from trainer_server.storage import run_store
 from trainer_server.storage.checkpoint import Checkpoint
+from trainer_server.storage.database import open_database
 from trainer_server.storage.kept_experts import KeptExperts
-from trainer_server.storage.run_store import RunStore
+from trainer_server.storage.run_store import DATABASE, RunStore
 
 NEW = ("quince",)
 ADD = OperatorActed(Operation(action=Action.CLASSES, classes=NEW))
@@ -207,9 +209,10 @@ def test_a_class_is_added_in_the_same_folder(vit: Built, tmp_path: Path) -> None
     again = list(replay_rounds(store, make_plan(store, plan.bundle)))
     assert again[:-1] == [closed.round for closed in store.rounds.all()][3:]
     replay(store.folder)
-    store._db.execute(
-        "DELETE FROM events WHERE seq IN (SELECT seq FROM events WHERE kind = 'tick' ORDER BY 1 DESC LIMIT 2)"
-    )
+    with closing(sqlite3.connect(store.folder / DATABASE)) as db, db:
+        db.execute(
+            "DELETE FROM events WHERE seq IN (SELECT seq FROM events WHERE kind = 'tick' ORDER BY 1 DESC LIMIT 2)"
+        )
     with pytest.raises(RunError, match=f"round {numbers[-1]} has a record, but does not follow from the event log"):
         replay(store.folder)
 
@@ -319,31 +322,36 @@ def test_the_command_that_started_the_run_resumes_its_present_session(vit: Built
         open_run(store.folder, config, vit.bundle)
 
 
-def _killed_at(step: int, folder: Path, server: OfflineServer) -> bool:
-    """Begins the next session in a child process that is killed at this step: a statement of the database, or the
-    renaming or removal of a file. False if there are fewer steps."""
-    child = os.fork()
-    if child == 0:
-        count = 0
+def copied_before_each_step(
+    folder: Path, copies: Path, monkeypatch: pytest.MonkeyPatch, work: Callable[[RunStore], None]
+) -> list[Path]:
+    """What a server leaves behind that is killed in `work` at each step: a statement of the database, or the renaming
+    or removal of a file. The last copy is that of the end."""
+    copied: list[Path] = []
 
-        def strike(*event: Any) -> None:
-            nonlocal count
-            if len(event) == 1 or event[0] in ("os.rename", "os.remove"):
-                count += 1
-                if count == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
+    def copy(*_: object) -> None:
+        copied.append(Path(shutil.copytree(folder, copies / str(len(copied)))))
 
-        try:
-            store = RunStore(folder)
-            store._db.set_trace_callback(strike)
-            sys.addaudithook(strike)
-            begin_session(store, server.plan, server.state, BeginSession(NEW, 3), server.now)
-        except BaseException:
-            os._exit(1)  # else the child would go on with the tests
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, -signal.SIGKILL)
-    return code != 0
+    def traced(path: Path, busy_seconds: float) -> sqlite3.Connection:
+        database = open_database(path, busy_seconds)
+        database.set_trace_callback(copy)
+        return database
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_store, "open_database", traced)
+        originals: dict[str, Callable[..., object]] = {"replace": Path.replace, "unlink": Path.unlink}
+        for name in originals:
+
+            def step(*arguments: object, name: str = name, **named: object) -> object:
+                copy()
+                return originals[name](*arguments, **named)
+
+            patch.setattr(Path, name, step)
+        store = RunStore(folder)
+        work(store)
+        store.close()
+    copy()
+    return copied
 
 
 def test_a_server_killed_at_any_step_begins_the_next_session_exactly_once(
@@ -353,24 +361,24 @@ def test_a_server_killed_at_any_step_begins_the_next_session_exactly_once(
     monkeypatch.setattr(files.os, "fsync", lambda descriptor: None)  # power failures are not tested here
     server = until(opened(vit, tmp_path / "run"), Stage.GLOBAL, 1)
     server.feed(ADD)
-    undone, done, step, ends = 0, 0, 1, set()
-    while True:
-        folder = Path(shutil.copytree(server.store.folder, tmp_path / str(step)))
-        was_killed = _killed_at(step, folder, server)
+
+    def begin(store: RunStore, server: OfflineServer = server) -> None:
+        begin_session(store, server.plan, server.state, BeginSession(NEW, 3), server.now)
+
+    working = Path(shutil.copytree(server.store.folder, tmp_path / "working"))
+    undone, done, ends = 0, 0, set()
+    for folder in copied_before_each_step(working, tmp_path / "killed", monkeypatch, begin):
         store = RunStore(folder)
         if store.origin.session == server.plan.session:
             undone += 1
             again = OfflineServer(store, make_plan(store, open_bundle(store)))
             assert Checkpoint.of(again.state) == Checkpoint.of(server.state)
-            begin_session(store, again.plan, again.state, BeginSession(NEW, 3), server.now)
+            begin(store, again)
         else:
             done += 1
         found = OfflineServer(store, make_plan(store, open_bundle(store)))
         assert found.plan.bundle.task.version == 2
         assert [closed.round.round for closed in store.rounds.all()] == [1, 2]
         ends.add((Checkpoint.of(found.state).model_dump_json(), found.state.expert.tobytes()))
-        shutil.rmtree(folder)
-        step += 1
-        if not was_killed:
-            break
+        store.close()
     assert len(ends) == 1 and undone > 8 and done > 2

@@ -111,8 +111,8 @@ def test_skipped_files_are_counted_on_the_console(tmp_path: Path, capsys: pytest
     assert count_files(skipped) == 4
 
 
-def test_a_device_without_samples_is_named(found: tuple[Files, Files], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"device-\d.* would have no samples with alpha 0\.01"):
+def test_devices_without_samples_are_counted(found: tuple[Files, Files], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\d+ of \d+ devices would have no samples with --alpha 0\.01 and"):
         write_device_folders(*found, tmp_path / "fleet", devices=12, alpha=0.01, seed=0)
 
 

@@ -8,7 +8,7 @@ import pytest
 from support.bundles import Built
 from support.coordinators import MEAN, ROUND_SECONDS, CoordinatorRun, make_update, started
 
-from trainer_server.coordinator.advance import advance, next_deadline
+from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import (
     ClockTicked,
     Command,
@@ -21,6 +21,7 @@ from trainer_server.coordinator.events import (
     StoreRound,
 )
 from trainer_server.coordinator.operator import Action, Operation
+from trainer_server.coordinator.round_end import next_deadline
 from trainer_server.coordinator.state import initial_state
 from trainer_server.coordinator.waiting import WAITS_AFTER, remedy
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of

@@ -11,12 +11,12 @@ from trainer_server.coordinator.operator import Operation
 from trainer_server.coordinator.records import ClosedRound
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StatusSeen:
     status: DeviceStatus
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class UpdateSeen:
     """A complete update. `sha256` is its blob's, `size` its bytes on the wire."""
 

@@ -287,7 +287,8 @@ class State:
     @property
     def online(self) -> frozenset[str]:
         """Devices that can take part."""
-        return _online(self.devices) - self.excluded
+        online = _online(self.devices)
+        return online - self.excluded if self.excluded else online
 
     @property
     def ready(self) -> frozenset[str]:

@@ -57,7 +57,7 @@ class Decoder:
 
     @staticmethod
     def _status(device: str, payload: bytes) -> DeviceStatus:
-        status = parse(DeviceStatus, payload)
+        status = compact(parse(DeviceStatus, payload))
         if status.device != device:
             raise MessageError(f"names device {status.device!r}")
         return status

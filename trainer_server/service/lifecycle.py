@@ -67,8 +67,9 @@ def open_run(folder: Path, config: RunConfig, bundle: TaskBundle, source: Path |
         try:
             return RunStore.create(folder, origin, bundle.task, start)
         except (OSError, sqlite3.Error) as error:
+            why = getattr(error, "strerror", None) or error
             raise RunError(
-                f"{folder} cannot be written ({error}); choose another --out, or free some disk space"
+                f"{folder} cannot be written ({why}); choose another --out, or free some disk space"
             ) from error
     store = RunStore(folder)
     if store.is_unstarted():  # an earlier start failed before its first event, for example without a broker

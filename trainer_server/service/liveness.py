@@ -100,7 +100,7 @@ class Liveness:
         return silent
 
     def _forget_silent(self, now: float) -> None:
-        """Makes room for other names: devices are replaced over the years."""
+        """Makes space for other names: devices are replaced over the years."""
         if now < self._next_forget:
             return
         self._next_forget, heard = now + LOOK_SECONDS, self._heard(now)

@@ -13,62 +13,49 @@ import math
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 from fedfmsl.common.files import EXHAUSTED, NO_DESCRIPTORS, has_descriptors
-from fedfmsl.errors import BrokerError, MessageError, RunError
+from fedfmsl.errors import BrokerError, RunError
 from fedfmsl.protocol.chunks import CHUNK_BYTES, CHUNK_SIZES, HEADER_BYTES
-from fedfmsl.protocol.messages import DeviceStatus, ServerStatus, parse
+from fedfmsl.protocol.messages import DeviceStatus, ServerStatus
 from fedfmsl.protocol.tensors import blob_bytes
 from fedfmsl.protocol.topics import Topics
-from fedfmsl.transport.identity import describe_expiry
-from fedfmsl.transport.link import Connected, Disconnected, Link, LinkEvent, Oversize, Received, SubscriptionRefused
+from fedfmsl.transport.link import Connected, Link
 from fedfmsl.transport.message_size import largest_message
-from fedfmsl.transport.settings import SERVER_NAME
-from trainer_server.coordinator import waiting
-from trainer_server.coordinator.advance import advance, next_deadline
-from trainer_server.coordinator.announce import announcement
+from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import (
     AnnounceRound,
     BeginSession,
     ClockTicked,
-    Command,
-    CountRefusal,
     Log,
     OperatorActed,
-    PublishGlobals,
     RestChanged,
-    SendAck,
     StatusSeen,
     Stop,
     StoreRound,
-    UpdateRefused,
-    UpdateSeen,
 )
 from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.records import number_of
-from trainer_server.coordinator.sessions import approved
+from trainer_server.coordinator.round_end import next_deadline
 from trainer_server.coordinator.state import Plan, State
 from trainer_server.service.batch import Batch, Statuses, flatten
 from trainer_server.service.clock import RunClock
-from trainer_server.service.decode import Decoder
-from trainer_server.service.duplicates import DuplicateServerGuard
+from trainer_server.service.executor import Executor
 from trainer_server.service.expert_folder import ExpertFolder
 from trainer_server.service.figures import Figures, Snapshot
-from trainer_server.service.floods import FloodGuard, Sweeper
-from trainer_server.service.liveness import Liveness
 from trainer_server.service.next_session import begin_session
+from trainer_server.service.observer import Observer
 from trainer_server.service.publisher import Publisher
+from trainer_server.service.receiver import Receiver
 from trainer_server.service.refusals import Refusals
 from trainer_server.service.rest import Rest
-from trainer_server.service.run_log import log_participation, log_round, log_stragglers
+from trainer_server.service.retained import remove_unneeded_globals
 from trainer_server.storage.event_rows import LoggedEvent
 from trainer_server.storage.expert_folder import last_result
 from trainer_server.storage.kept_experts import KeptExperts
-from trainer_server.storage.observations import Acted, Observations, ServerView
+from trainer_server.storage.observations import Acted, Observations, read_observations
 from trainer_server.storage.operations import Operations
 from trainer_server.storage.run_store import RunStore
-from trainer_server.storage.uploads import Upload, Uploads
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +63,6 @@ POLL_SECONDS = 1.0  # longest wait for a message
 JOINED_SECONDS = 1.0  # between two lists of the devices that have joined
 BATCH = 64  # messages in one commit
 FINISHED = "finished"
-FLOODS = "it floods the server, which ignores it"
-UNKNOWN_DEVICE = "unknown device"
 
 
 class Service:
@@ -98,40 +83,49 @@ class Service:
         """`state` was the state at second `at` of the run's clock. `figures` and `flooding`, the devices that are
         ignored: of all sessions since the server's start; the service adds to them. `allowed`: the devices that may
         take part. `wall`: the wall clock, in unix seconds."""
-        self._allowed = allowed
         self._plan = plan
         self._state = state
         self._store = store
         self._link = link
         self._topics = topics
         self._clock = RunClock(at, wall)
-        self._uploads = Uploads(store.folder / "uploads", blob_bytes(plan.largest_update))
-        self._decoder = Decoder(self._topics, self._uploads)
-        self._publisher = Publisher(link, self._topics, status)
-        self._guard = DuplicateServerGuard(status.instance)
-        self._liveness = Liveness(plan.config.most_devices)
-        self._floods = FloodGuard(blob_bytes(plan.largest_update), plan.config.most_devices, flooding)
-        self._sweeper = Sweeper(link, topics, flooding)
-        self._refusals = Refusals()
+        self._rest = Rest(wall)
+        self._figures = figures
+        self._refusals = Refusals(figures.refused)
+        self._observations = Observations(store.folder)
+        self._operations = Operations(store.folder)
+        self._kept = KeptExperts(store.folder)
+        self._expert_folder = ExpertFolder(plan, store.folder / "global_expert")
+        self._publisher = Publisher(link, topics, status)
+        self._receiver = Receiver(
+            plan,
+            store,
+            link,
+            topics,
+            self._publisher,
+            self._observations,
+            self._refusals,
+            status.instance,
+            flooding,
+            allowed,
+        )
+        self._executor = Executor(
+            plan, store, self._publisher, self._refusals, self._receiver.floods, self._expert_folder
+        )
+        self._observer = Observer(plan, store, link, self._observations, self._rest)
         self._statuses: Statuses = {}  # not in the store yet
         self._unapplied: list[StatusSeen] = []  # of a batch that could not be stored
         self._disk_error = ("", "")
         self._next_joined = 0.0
         self._joined: frozenset[str] | None = None  # the devices in the store's list before the first round
-        self._outage = (-1.0, "")  # as stored
-        self._observations = Observations(store.folder)
-        self._operations = Operations(store.folder)
-        self._rest = Rest(wall)
-        self._acted: Acted | None = None  # the operator's last action
-        self._figures = figures
-        self._kept = KeptExperts(store.folder)
-        self._expert_folder = ExpertFolder(plan, store.folder / "global_expert")
+        before, _ = read_observations(store.folder, since=math.inf)
+        self._acted = before.acted if before else None  # the operator's last action
         self._must_connect = False  # before this session ends
         self._next_begins = False  # this session has ended, and the next one is in the store
 
     def snapshot(self) -> Snapshot:
         """What metrics show now. For any thread."""
-        link, uploads = self._link, self._uploads.incomplete
+        link, uploads = self._link, self._receiver.uploads.incomplete
         return Snapshot(
             self._plan,
             self._state,
@@ -149,6 +143,9 @@ class Service:
         RunError if the run failed or a newer server took over."""
         self._link.connect()
         self._measure_chunks()
+        announced = self._state.announced
+        needed = (announced.blobs if announced else frozenset()) | {self._plan.bundle.task.sha256}
+        remove_unneeded_globals(self._link, self._topics, needed, blob_bytes(self._plan.largest_update))
         self._link.subscribe(self._topics.status("+"))
         self._link.subscribe(self._topics.health("+"))
         self._link.subscribe(self._topics.update_chunk("+", "+", "+"))
@@ -167,12 +164,13 @@ class Service:
                 self._obey()
                 self._follow_clock()
                 self._tick()
-                self._observe()
+                deadline = next_deadline(self._plan, self._state) - self._clock.now()
+                self._observer.observe(self._state, deadline, self._acted)
         finally:
             self._observations.close()
             if self._next_begins:  # its server is online at once
                 self._publisher.delete_globals()
-            elif not self._guard.superseded:  # else the retained status is the newer server's
+            elif not self._receiver.guard.superseded:  # else the retained status is the newer server's
                 begun = self._state.announced is not None or self._state.round > 0
                 self._publisher.publish_status(online=False, ended=self._store.ended is not None or not begun)
             self._link.close(self._publisher.last)
@@ -191,22 +189,22 @@ class Service:
             if size != CHUNK_BYTES:
                 logger.warning("the broker takes no messages of %d bytes; using chunks of %d bytes", lengths[0], size)
             self._publisher.use_chunks_of(size)
-            self._floods.use_chunks_of(size)
+            self._receiver.floods.use_chunks_of(size)
 
     def _connect(self, state: State) -> None:
         """The start of a connection. It announces the round again, and the end of a run, which the previous server may
         not have done. The subscriptions come first: a retained answer to this server's status would be no sign of life,
         and the guard counts only statuses before this server's own as earlier ones."""
-        self._save_certificates()
-        self._guard.connected(self._clock.now())
-        self._liveness.connected((status.device for status in _online(state)), self._clock.now())
-        self._publish_state()
+        self._observer.save_certificates()
+        self._receiver.guard.connected(self._clock.now())
+        self._receiver.liveness.connected((status.device for status in _online(state)), self._clock.now())
+        self._executor.publish_state(self._state)
 
     def _process_messages(self) -> None:
         """Waits for messages, stores what they change, and executes the commands that follow."""
         batch = Batch(self._state, self._clock.now(), self._statuses.copy())
         for status in self._unapplied:
-            self._apply(status, batch)
+            self._receiver.apply(status, batch)
         wait = min(POLL_SECONDS, next_deadline(self._plan, batch.state) - batch.now)
         try:
             for _ in range(BATCH):
@@ -214,9 +212,12 @@ class Service:
                 if event is None:
                     break
                 wait = 0.0
-                self._process(event, batch)
-            for lost in self._liveness.lost(_online(batch.state), batch.now):
-                self._apply(lost, batch)
+                if isinstance(event, Connected):
+                    self._connect(batch.state)
+                else:
+                    self._receiver.receive(event, batch)
+            for lost in self._receiver.liveness.lost(_online(batch.state), batch.now):
+                self._receiver.apply(lost, batch)
             self._store_batch(batch)
         except (OSError, sqlite3.Error) as error:
             # The batch has no effect: devices retransmit their updates, and the next batch repeats their statuses.
@@ -225,98 +226,7 @@ class Service:
             return
         self._state, self._unapplied = batch.state, []
         for command in batch.commands:
-            self._execute(command)
-
-    def _process(self, event: LinkEvent, batch: Batch) -> None:
-        if isinstance(event, Connected):
-            self._connect(batch.state)
-        elif isinstance(event, Disconnected):
-            self._liveness.disconnected(batch.now)
-        elif isinstance(event, SubscriptionRefused):
-            if not self._sweeper.is_sweep(event.topic):
-                raise BrokerError(event.error)
-        elif isinstance(event, Received | Oversize) and self._is_flood(event, batch):
-            pass
-        elif isinstance(event, Oversize):
-            self._refuse(self._sender(event.topic), "too large", f"{event.size} bytes")
-        elif isinstance(event, Received):
-            if event.topic == self._topics.server_status:
-                self._receive_server_status(event.payload)
-            else:
-                self._receive(event, batch)
-
-    def _is_flood(self, event: Received | Oversize, batch: Batch) -> bool:
-        """Whether a message is of a device that is ignored. The message that shows a flood takes the device out of the
-        round."""
-        if self._sweeper.sender(event) is None:
-            device = self._topics.device_of(event.topic)
-            size = event.size if isinstance(event, Oversize) else len(event.payload)
-            flood = self._floods.received(device, size, batch.now) if device else ""
-            if not flood or device is None:
-                return False
-            logger.error(
-                "%s floods this server (%s): it is ignored until this server is started again; revoke its identity",
-                *(device, flood),
-            )
-            self._refuse(device, "flood", flood)
-            known = batch.state.devices.get(device)
-            if known is not None and known.online:
-                self._apply(StatusSeen(known.model_copy(update={"online": False, "error": FLOODS})), batch)
-        if isinstance(event, Received):
-            self._sweeper.remove(event)
-        return True
-
-    def _receive(self, received: Received, batch: Batch) -> None:
-        """Adds a device's message to the batch, or refuses it."""
-        device = self._topics.device_of(received.topic)
-        if device is not None and self._allowed is not None and device not in self._allowed:
-            self._refuse(UNKNOWN_DEVICE, "not allowed", f"{device} is not in --allow")
-            return
-        if received.retained and received.payload and self._topics.update_of(received.topic):
-            self._sweeper.remove(received)  # devices publish no retained chunks, which would fill the broker
-            self._refuse(self._sender(received.topic), "retained", f"a chunk of an update on {received.topic[:200]}")
-            return
-        try:
-            event, upload = self._decoder.decode(received, batch.state.devices)
-        except MessageError as error:
-            about = f"a message on {received.topic[:200]}: {error}"
-            self._refuse(self._sender(received.topic), "unreadable", about)
-            return
-        seen: StatusSeen | None = None
-        health = self._decoder.health(received)
-        if health is not None and health.device in batch.state.devices:
-            heard = time.time()
-            self._observations.heartbeat(health, min(health.time, heard) if received.retained else heard)
-        if isinstance(event, StatusSeen):
-            seen = self._liveness.status(event.status, received.retained, batch.now)
-        elif device and not received.retained:
-            known = batch.state.devices.get(device)
-            at_work = self._decoder.shows_work(received, health)
-            if known is not None and at_work is not None:
-                self._liveness.work(device, at_work, batch.now)
-            seen = self._liveness.message(device, known is not None and known.online, batch.now)
-        if seen is not None:
-            self._apply(seen, batch)
-        if isinstance(event, UpdateSeen):
-            self._apply(event, batch, upload)
-
-    def _apply(self, event: StatusSeen | UpdateSeen, batch: Batch, upload: Upload | None = None) -> None:
-        """Advances the batch's state."""
-        after, commands = advance(self._plan, batch.state, event, batch.now)
-        batch.commands += commands
-        accepted = isinstance(event, UpdateSeen) and (event.update.round, event.update.device) in after.updates
-        if after is batch.state:
-            return
-        batch.state = after
-        if isinstance(event, StatusSeen):
-            batch.add_status(event)
-        elif not accepted:
-            batch.updates.append(LoggedEvent(batch.now, UpdateRefused(event.update.device)))
-        else:
-            self._floods.counted(event.update.device, event.size)
-            batch.updates.append(LoggedEvent(batch.now, replace(event, tensors={})))
-            if upload is not None:
-                batch.blobs[upload.sha256] = self._store.blobs.updates.append(upload.blob)
+            self._executor.execute(command, self._state)
 
     def _store_batch(self, batch: Batch) -> None:
         if batch.updates:
@@ -327,21 +237,6 @@ class Service:
         if batch.state.announced is None and batch.now >= self._next_joined and batch.state.online != self._joined:
             self._store.files.save_joined(batch.state.online)
             self._joined, self._next_joined = batch.state.online, batch.now + JOINED_SECONDS
-
-    def _receive_server_status(self, payload: bytes) -> None:
-        """Raises RunError if a newer server has taken over the run."""
-        try:
-            status = parse(ServerStatus, payload)
-        except MessageError:
-            return
-        self._guard.receive(status)
-        if status.session == self._plan.session and not status.online:  # the last will of this run's previous server
-            self._publisher.publish_status(online=True)
-        if self._guard.superseded:
-            raise RunError(
-                f"another server was started for run {self._plan.config.run!r} and took over, from a copy of its "
-                "folder or at the same time; stop one of them, or start it with another --run"
-            )
 
     def _obey(self) -> None:
         """Carries out what the operator asks, as events of the log."""
@@ -366,7 +261,7 @@ class Service:
                 text = next(command.text for command in commands if isinstance(command, Log))
                 self._acted = Acted(text=text, at=time.time())
                 for command in commands:
-                    self._execute(command)
+                    self._executor.execute(command, self._state)
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
@@ -402,45 +297,20 @@ class Service:
         except OSError as error:
             logger.warning("the global expert of round %d is not kept for a rollback (%s)", made, error.strerror)
 
-    def _observe(self) -> None:
-        """Shows the console where the run stands."""
-        state, seen = self._state, time.time()
-        left = next_deadline(self._plan, state) - self._clock.now()
-        self._observations.save(
-            ServerView(
-                seen=seen,
-                deadline=seen + left if math.isfinite(left) else None,
-                paused=state.paused_at is not None,
-                rests=self._rest.text,
-                waits=waiting.reason(self._plan, state) if state.waiting or self._is_short else "",
-                round_timeout=state.limits.round_timeout,
-                excluded=tuple(sorted(state.excluded)),
-                acted=self._acted,
-                adds=approved(self._plan, state),
-            ),
-            state.devices,
-        )
-
-    @property
-    def _is_short(self) -> bool:
-        """Whether a later session cannot begin, because too few devices can answer."""
-        begins = self._state.announced is None and self._state.round > 0 and not self._rest.text
-        return begins and waiting.is_short(self._plan, self._state)
-
     def _tick(self) -> None:
         """Opens and closes rounds."""
         now = self._clock.now()
-        self._sweeper.sweep(now)
-        self._save_outage()
-        for gap in self._uploads.gaps():
+        self._receiver.sweeper.sweep(now)
+        self._observer.save_outage()
+        for gap in self._receiver.uploads.gaps():
             self._publisher.ask_for_chunks(gap)
-        if self._guard.echo_is_missing(now):
+        if self._receiver.guard.echo_is_missing(now):
             logger.warning("the broker does not return this server's own status; check that --identity is the server's")
         if self._must_connect and self._link.outage.since:
             return
         started = time.monotonic()
         overdue = now >= next_deadline(self._plan, self._state)
-        ticked = ClockTicked(self._liveness.working(now) if overdue else frozenset(), self._clock.wall())
+        ticked = ClockTicked(self._receiver.liveness.working(now) if overdue else frozenset(), self._clock.wall())
         try:
             state, commands = advance(self._plan, self._state, ticked, now)
         except (OSError, sqlite3.Error) as error:  # no disk space for the aggregation, or an update cannot be read now
@@ -476,64 +346,7 @@ class Service:
             for record in rounds:
                 self._figures.closed(record, time.monotonic() - started)
             for command in commands:
-                self._execute(command)
-
-    def _execute(self, command: Command) -> None:
-        if isinstance(command, PublishGlobals):
-            self._publisher.publish_globals(command.sha256, command.blob)
-        elif isinstance(command, AnnounceRound):
-            self._floods.round_opened()
-            self._publisher.announce_round(command.round)
-            log_round(command.round, len(self._state.expected))
-        elif isinstance(command, SendAck):
-            self._publisher.send_ack(command.ack)
-        elif isinstance(command, CountRefusal):
-            self._refuse(command.device, command.kind, command.text)
-        elif isinstance(command, StoreRound):
-            log_stragglers(command.closed)
-            self._expert_folder.round_closed(command.closed, self._state.expert)
-        elif isinstance(command, Log):
-            logger.log(logging.WARNING if command.warning else logging.INFO, command.text)
-        elif isinstance(command, Stop) and not command.error:
-            log_participation(self._plan.config, self._state.devices, *self._store.rounds.participation())
-
-    def _publish_state(self) -> None:
-        """Publishes status and round at every connection, because the broker may have lost its retained messages."""
-        self._publisher.forget_globals()
-        task = self._plan.bundle.task
-        self._publisher.publish_globals(task.sha256, task.blob)
-        self._publisher.publish_status(online=True)
-        if self._state.announced is not None:
-            for command in announcement(self._plan, self._state, self._state.announced):
-                self._execute(command)
-
-    def _save_certificates(self) -> None:
-        found = {SERVER_NAME: self._link.own_until, "broker": self._link.broker_until}
-        until = {name: moment for name, moment in found.items() if moment}
-        for name, moment in until.items():
-            text, is_soon = describe_expiry(moment, time.time(), name)
-            if is_soon:
-                logger.warning("the certificate of the %s is valid %s", name, text)
-        with contextlib.suppress(OSError):  # a full disk
-            self._store.files.save_certificates(until)
-
-    def _save_outage(self) -> None:
-        outage = (self._link.outage.since, self._link.outage.reason)
-        if outage != self._outage:
-            with contextlib.suppress(OSError):  # a full disk is logged when an event cannot be stored
-                self._store.files.save_outage(*outage)
-                self._outage = outage
-
-    def _sender(self, topic: str) -> str:
-        """The device that a topic belongs to. All devices that have not announced themselves count as one."""
-        device = self._topics.device_of(topic) or ""
-        return device if device in self._state.devices else UNKNOWN_DEVICE
-
-    def _refuse(self, device: str, kind: str, text: str) -> None:
-        sender = device if device in self._state.devices else UNKNOWN_DEVICE
-        self._figures.refused[kind] += 1
-        if self._refusals.add(sender, kind, text):
-            logger.warning("refused from %s (%s): %s", sender, kind, text)
+                self._executor.execute(command, self._state)
 
     def _wait_for_disk(self, error: OSError | sqlite3.Error) -> None:
         exhausted = getattr(error, "errno", None) in EXHAUSTED or not has_descriptors()

@@ -6,15 +6,13 @@ devices over.
 
 from __future__ import annotations
 
-import secrets
-import time
+import contextlib
 
 from fedfmsl.errors import MessageError, RunError
 from fedfmsl.protocol.messages import ServerStatus, parse
 from fedfmsl.protocol.topics import Topics
-from fedfmsl.transport.link import Link, Received
-
-ANSWER_SECONDS = 3.0  # for the broker to deliver what it keeps
+from fedfmsl.transport.link import Link
+from trainer_server.service.retained import ANSWER_SECONDS, retained
 
 
 def require_own_run(link: Link, topics: Topics, first_session: str, seconds: float = ANSWER_SECONDS) -> None:
@@ -36,26 +34,12 @@ def require_own_run(link: Link, topics: Topics, first_session: str, seconds: flo
 
 
 def _kept_status(link: Link, topics: Topics, seconds: float) -> ServerStatus | None:
-    """The retained status of the run's server, if there is one. A message of this process follows it."""
-    token = secrets.token_bytes(16)
-    status: ServerStatus | None = None
+    """The retained status of the run's server, if there is one."""
     link.connect()
     try:
-        link.publish(topics.server_check, token, retain=True, qos=0)
-        link.subscribe(topics.server_status)
-        link.subscribe(topics.server_check)
-        deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
-            event = link.next_event(left)
-            if not isinstance(event, Received):
-                continue
-            if event.topic == topics.server_check and event.payload == token:
-                break
-            if event.topic == topics.server_status:
-                try:
-                    status = parse(ServerStatus, event.payload)
-                except MessageError:  # not a server's
-                    continue
+        for message in retained(link, topics, [topics.server_status], seconds):
+            with contextlib.suppress(MessageError):  # not a server's
+                return parse(ServerStatus, message.payload)
     finally:
         link.close(link.publish(topics.server_check, b"", retain=True))
-    return status
+    return None

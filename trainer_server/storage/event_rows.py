@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedfmsl.algorithms.arrays import Tensors
-from fedfmsl.protocol.messages import DeviceStatus, Update, parse
+from fedfmsl.protocol.messages import DeviceStatus, Update, compact, parse
 from trainer_server.coordinator.events import (
     ClockTicked,
     Event,
@@ -27,7 +27,7 @@ Kind = Literal["status", "update", "refused", "limits", "operator", "rest", "tic
 Row = tuple[float, Kind, str, str | None, int | None]  # at, kind, body, sha256, size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LoggedEvent:
     """An event that changed the state, and its time on the run's clock."""
 
@@ -61,11 +61,11 @@ def from_row(row: Row, unpack: Unpack) -> LoggedEvent:
 
 def _event(kind: Kind, body: str, sha256: str | None, size: int | None, unpack: Unpack) -> Event:
     if kind == "status":
-        return StatusSeen(parse(DeviceStatus, body.encode()))
+        return StatusSeen(compact(parse(DeviceStatus, body.encode())))
     if kind == "update":
         assert sha256 is not None and size is not None
         update, tensors = unpack(sha256)
-        return UpdateSeen(update, tensors, sha256, size)
+        return UpdateSeen(compact(update), tensors, sha256, size)
     if kind == "refused":
         return UpdateRefused(json.loads(body))
     if kind == "limits":

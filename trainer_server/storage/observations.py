@@ -141,6 +141,7 @@ class Observations:
             db = sqlite3.connect(self._path, timeout=BUSY_SECONDS)
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = OFF")
+            db.execute("PRAGMA cache_size = -256")
             db.executescript(SCHEMA)
             self._db = db
         return self._db

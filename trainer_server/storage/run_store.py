@@ -45,6 +45,7 @@ from trainer_server.storage.update_files import Place
 DATABASE = "run.sqlite"
 TENSORS = "tensors"
 BUSY_SECONDS = 10.0
+CACHE_KB = 256  # of the database; the operating system has the rest
 
 
 class _Vectors(BaseModel):
@@ -70,6 +71,7 @@ class RunStore:
         try:
             self._db = open_database(path, busy_seconds)
             self._db.execute("PRAGMA synchronous = FULL")
+            self._db.execute(f"PRAGMA cache_size = -{CACHE_KB}")
             (origin, self.ended) = self._db.execute("SELECT origin, ended FROM run").fetchone()
             check_version(path, origin, self._db)
             self.origin = Origin.model_validate_json(origin)
