@@ -107,7 +107,7 @@ class GraphWriter:
     def features(self) -> Graph:
         """pixels or tokens → the hidden state below each level's suffix, `hidden_{k}` (B, N, D), and `pooled` (B, F).
 
-        Fetching some of the outputs runs only the nodes that they depend on.
+        A pass takes as long for one output as for all of them (see `edge_runtime.engines.sessions.run`).
         """
         g, graph = self.transformer.geometry, self._graph("features")
         tape = self._tape(graph)

@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from fedfmsl.common.backoff import Backoff, Timeout
+from fedfmsl.common.files import FULL
 from fedfmsl.common.settings import without_secrets
 from fedfmsl.errors import BrokerError, BundleError, MessageError
 from fedfmsl.protocol.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, file_sha256
@@ -249,6 +250,12 @@ class _HttpClient:
                     ) from error
                 self._wait(delays.pop(0))
             except (OSError, ValueError) as error:  # this device's disk, or an invalid address
+                if getattr(error, "errno", None) in FULL:
+                    missing = f"{((file.size or 0) - file.received) / 1e6:.1f} MB more for {file.path.name}"
+                    raise BundleError(
+                        f"the disk of {file.path.parent} is full: the bundle needs {missing}; free some disk space, "
+                        "then start again to resume"
+                    ) from error
                 raise BundleError(f"cannot fetch {file.url}: {error}; start again to resume") from error
 
     def _wait(self, seconds: float) -> None:

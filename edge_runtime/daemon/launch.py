@@ -18,7 +18,7 @@ from edge_runtime.daemon.round_runner import RoundRunner
 from edge_runtime.daemon.status import describe_model
 from edge_runtime.daemon.worker import Worker, progress_poster
 from edge_runtime.data.cache import DiskCache
-from edge_runtime.data.features import FeatureCache
+from edge_runtime.data.features import LEVELS_AHEAD, FeatureCache
 from edge_runtime.data.labels import read_labels
 from edge_runtime.engines.factory import open_engine
 from edge_runtime.inference.home_assistant import DeviceDescription, discovery_message
@@ -177,6 +177,9 @@ def _runner(daemon: Daemon, prepared: Prepared, control: StepControl) -> RoundRu
             engine.release,
             reader=prepared.reader,
             provider=prepared.provider,
+            ahead=bundle.manifest.levels
+            if settings.rehearse
+            else LEVELS_AHEAD,  # deleted samples cannot be computed again
         ),
         engine=engine,
         gate=Gate(bundle, threads),

@@ -29,6 +29,10 @@ from fedfmsl.algorithms.arrays import Floats, Vector
 from fedfmsl.protocol.task_bundle import TaskBundle
 
 BATCH = 4  # samples per pass; more are not faster and take more memory
+# Levels above the present one whose states a pass also stores: as many as SAL can add in the 12 rounds of a usual stage
+# 1. All 12 levels of ViT-B/16 are 3.6 MB per sample, and most runs never reach the highest ones. More levels ahead cost
+# disk, fewer a pass through the backbone each time that SAL goes beyond them.
+LEVELS_AHEAD = 4
 LIFTED_AT_ONCE = 16  # samples that go through a lift graph before the next graph is opened
 POOLED = "pooled"
 NO_LEVEL = 0
@@ -103,15 +107,18 @@ class Features(Generic[S_co]):
         dtype: type[np.floating[Any]] = np.float16,
         reader: Inputs | None = None,
         provider: str = CPU,
+        ahead: int = LEVELS_AHEAD,
     ) -> None:
         """`batch_size` samples go through the backbone at once. `free_memory` is called before a graph is opened.
         `reader` is shared with the scan of the folder; default: a new one. `provider`: the execution provider of ONNX
-        Runtime. Raises ConfigError or BundleError as `reader_of` does."""
+        Runtime. `ahead`: levels above the present one that are stored too. Raises ConfigError or BundleError as
+        `reader_of` does."""
         self._store = store
         self._bundle = bundle
         self._threads = threads
         self._report = report
         self._provider = provider
+        self._ahead = ahead
         self._batch_size = batch_size
         self._free_memory = free_memory
         self._dtype = np.dtype(dtype)
@@ -129,8 +136,8 @@ class Features(Generic[S_co]):
     def frozen(self, samples: Sequence[Sample], level: int) -> HiddenStates:
         """The states below the suffix of `level`, without LoRA in the prefix.
 
-        A pass over missing samples also stores the states of the other levels and the pooled features, so that a change
-        of level needs no pass: SAL raises the level, and stage 2 begins at the first one.
+        A pass over missing samples also stores the states of the lower levels and of the next ones, and the pooled
+        features, so that a change of level seldom needs a pass: SAL raises the level, and stage 2 begins at level 1.
 
         Raises SampleChangedError if a sample's file has changed.
         """
@@ -172,9 +179,10 @@ class Features(Generic[S_co]):
         return folder
 
     def _folders(self, level: int) -> dict[str, str]:
-        """The folder for each output of a pass: the states of every level, of which `level` is needed now, and pooled
-        features."""
-        levels = range(self._bundle.manifest.levels, 0, -1)
+        """The folder for each output of a pass: the states of the levels up to those ahead of `level`, which is needed
+        now, and pooled features. NO_LEVEL: of all levels."""
+        highest = self._bundle.manifest.levels
+        levels = range(highest if level == NO_LEVEL else min(level + self._ahead, highest), 0, -1)
         rank = {level: Priority.PRESENT}
         states = {f"hidden_{k}": self._folder(f"level-{k}", rank.get(k, Priority.AHEAD)) for k in levels}
         return {**states, POOLED: self._folder(POOLED, Priority.SMALL)}
@@ -210,8 +218,12 @@ class Features(Generic[S_co]):
             self._store.put(folder, sample.sha256, row.astype(dtype).tobytes())
 
     def _extract(self, samples: Sequence[Sample], level: int) -> Computed:
-        """Runs passes and stores their outputs; yields samples and their pooled features (B, F)."""
+        """Runs passes and stores those outputs that are missing. Yields samples and the last of these outputs: pooled
+        features (B, F), if they were missing."""
         folders, done = self._folders(level), 0
+        for name, folder in list(folders.items()):
+            if all(self._store.has(folder, sample.sha256) for sample in samples):
+                del folders[name]
         for part, found in self._passes(samples, list(folders)):
             for folder, rows in zip(folders.values(), found, strict=True):
                 self._keep(folder, part, rows)

@@ -120,7 +120,7 @@ class SampleFolder:
                     fresh.clear()
                 report("scanning", index, len(files))
             if isinstance(found, Sample) and found.extent > limit:
-                need = f"needs {found.extent / 1e6:.0f} MB of memory to read"
+                need = f"needs {max(found.extent / 1e6, 1):.0f} MB of memory to read"
                 found = SkippedFile(found.path, f"{need}, {TOO_MUCH if self._largest is None else UNPLANNED}")
             yield found
         ledger.remember(fresh)

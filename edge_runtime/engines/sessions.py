@@ -91,7 +91,8 @@ def session_options(threads: int, prepack: bool = True) -> Any:
 
 
 def run(session: InferenceSession, outputs: list[str], inputs: Mapping[str, NDArray[Any]]) -> list[Floats]:
-    """Runs only the nodes that `outputs` depend on."""
+    """With onnxruntime-training only the nodes that `outputs` depend on are computed. The standard package computes all
+    nodes, and has no option for less (measured with 1.23 to 1.32)."""
     options = onnxruntime.RunOptions()
     options.only_execute_path_to_fetches = True
     results: list[Floats] = session.run(outputs, dict(inputs), options)

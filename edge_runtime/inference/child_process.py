@@ -72,7 +72,12 @@ class ChildProcess:
                 if self._stopping.is_set():
                     return
                 started = time.monotonic()
-                self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+                self._process = subprocess.Popen(
+                    self._command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    start_new_session=True,  # Ctrl-C in a terminal ends the daemon, and the daemon ends this process
+                )
                 with contextlib.suppress(ProcessLookupError):  # the process has already ended
                     os.setpriority(os.PRIO_PROCESS, self._process.pid, NICENESS)  # its threads inherit it
             assert self._process.stdout is not None

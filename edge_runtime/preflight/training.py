@@ -14,7 +14,7 @@ from edge_runtime.data.sample_reader import SampleReader
 from edge_runtime.engines.factory import open_engine
 from edge_runtime.preflight.context import Context, Finding, format_size
 from edge_runtime.resources.plan import largest_extent, measure_minimum
-from edge_runtime.resources.providers import describe_choice, provider_for
+from edge_runtime.resources.providers import describe_choice, first_that_fits, provider_for
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
 from fedfmsl.common.class_folders import check_folder
@@ -94,21 +94,16 @@ def check_memory(settings: Settings, context: Context) -> Iterator[Finding]:
         return
     threads = settings.thread_count
     engine = open_engine(settings.engine, context.bundle, threads).name
-    choice = provider_for(engine, settings.provider, context.bundle, threads, DeviceStore(context.scratch))
-    yield Finding("provider", describe_choice(choice))
+    bundle, sample, scratch = context.bundle, context.largest, context.scratch
+    memory, step_seconds = settings.memory, settings.step_seconds
+    fastest = provider_for(engine, settings.provider, bundle, threads, DeviceStore(scratch))
     started = time.monotonic()
-    memory, seconds = measure_minimum(
-        context.bundle,
-        engine,
-        threads,
-        choice.provider,
-        context.largest,
-        settings.memory,
-        settings.step_seconds,
-        context.scratch,
+    choice, (needed, seconds) = first_that_fits(
+        fastest, lambda name: measure_minimum(bundle, engine, threads, name, sample, memory, step_seconds, scratch)
     )
+    yield Finding("provider", describe_choice(choice))
     yield Finding(
         "memory",
-        f"a round at level 1 takes {format_size(memory)}, a step {seconds:.2f} s (measured in "
+        f"a round at level 1 takes {format_size(needed)}, a step {seconds:.2f} s (measured in "
         f"{time.monotonic() - started:.0f} s); engine {engine}",
     )

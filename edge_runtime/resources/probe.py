@@ -68,7 +68,10 @@ def probe_levels(
         Path("/proc/self/oom_score_adj").write_text("1000")
     dims, levels, theta = bundle.manifest.dims, bundle.manifest.levels, bundle.initial()[0]
     gate = Gate(bundle, threads)
-    cache = FeatureCache(DiskCache(scratch, 2**40), bundle, threads, batch_size=feature_batch, provider=provider)
+    # with all levels ahead, because a pass with all of them takes most memory
+    cache = FeatureCache(
+        DiskCache(scratch, 2**40), bundle, threads, batch_size=feature_batch, provider=provider, ahead=levels
+    )
     samples = [Sample(sample, file_sha256(sample), 0)] * feature_batch
     started = time.perf_counter()
     gate.log_weights(bundle.initial()[1], cache.pooled(samples, 1), np.zeros((len(samples), 2), np.float32))

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ from edge_runtime.resources.unfinished import UnfinishedWork
 from edge_runtime.store import DeviceStore
 from edge_runtime.store.device_store import PROBE
 from fedfmsl.common.files import write_atomically
-from fedfmsl.errors import ConfigError, one_line
+from fedfmsl.errors import ConfigError, RunError, one_line
 from fedfmsl.protocol.messages import EngineName
 from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.tensors import unpack
@@ -39,6 +40,7 @@ TOO_LONG = "it took longer than"
 LASTING = (*UNAVAILABLE, TOO_LONG)  # in reasons that the next start would find again; a hang would cost it SECONDS
 
 Heartbeat = Callable[[], None]
+Result = TypeVar("Result")
 
 
 class Choice(BaseModel):
@@ -159,6 +161,18 @@ def fastest(trials: Mapping[str, Trial]) -> Choice:
     """The fastest provider that agrees with the CPU; the CPU if there is none."""
     usable = {name: trial for name, trial in trials.items() if not trial.refused}
     return Choice(provider=min(usable, key=lambda name: usable[name].seconds, default=CPU), trials=dict(trials))
+
+
+def first_that_fits(choice: Choice, measure: Callable[[str], Result]) -> tuple[Choice, Result]:
+    """`measure` of the chosen provider. One that level 1 does not fit with, or that cannot be measured, is replaced by
+    the next fastest. Raises ConfigError and RunError as `measure` does of the CPU."""
+    while True:
+        try:
+            return choice, measure(choice.provider)
+        except (ConfigError, RunError) as error:
+            if choice.provider == CPU:
+                raise
+            choice = fastest({**choice.trials, choice.provider: Trial(refused=str(error))})
 
 
 def try_providers(

@@ -59,6 +59,16 @@ def test_a_server_whose_address_is_not_this_machines_listens_on_all(bundle: Path
     server.close()
 
 
+def test_a_full_disk_is_named_with_what_the_bundle_needs(served: tuple[ServerStatus, Path], tmp_path: Path) -> None:
+    status, root = served
+    folder = tmp_path / "device" / status.bundle
+    folder.mkdir(parents=True)
+    (folder / f"{WEIGHTS}.part").symlink_to("/dev/full")
+    needs = f"needs {(root / WEIGHTS).stat().st_size / 1e6:.1f} MB more for {WEIGHTS}; free some disk space"
+    with pytest.raises(BundleError, match=needs):
+        fetch_bundle(status, tmp_path / "device")
+
+
 def test_the_bundle_is_downloaded_once(
     served: tuple[ServerStatus, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

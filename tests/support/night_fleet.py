@@ -80,6 +80,7 @@ class NightFleet:
     server: Thread = field(init=False)
     devices: dict[str, Thread] = field(default_factory=dict)
     loops: dict[str, DaemonLoop] = field(default_factory=dict)
+    runners: dict[str, RoundRunner] = field(default_factory=dict)
 
     @property
     def out(self) -> Path:
@@ -135,7 +136,7 @@ class NightFleet:
 
     def task_of(self, name: str) -> str:
         """SHA-256 of the task that the device takes part with; "" while it prepares."""
-        return self.loops[name]._runner.device.bundle.task.sha256 if name in self.loops else ""
+        return self.runners[name].device.bundle.task.sha256 if name in self.loops else ""
 
     def stop_device(self, name: str) -> None:
         self.loops.pop(name)._stop = Stop()
@@ -149,7 +150,7 @@ class NightFleet:
             topics: Any, link: Any, announcer: Any, health: Any, governor: Any, runner: Any, *more: Any, **named: Any
         ):
             made = DaemonLoop(topics, link, announcer, health, governor, runner, *more, **named, timing=QUICK)
-            self.loops[runner.device.device_name] = made
+            self.loops[runner.device.device_name], self.runners[runner.device.device_name] = made, runner
             return made
 
         patch.setattr(launch, "DaemonLoop", loop)

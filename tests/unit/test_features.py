@@ -13,13 +13,14 @@ from support.opened_files import opened_below
 from support.samples import CLASSES, set_dates
 from support.torch_reference import hidden_states, torch_expert
 
-from edge_runtime.data import inputs
+from edge_runtime.data import features, inputs
 from edge_runtime.data.cache import DiskCache
 from edge_runtime.data.features import FeatureCache, HiddenStates
 from edge_runtime.data.folder import SampleFolder, scan_once
 from edge_runtime.data.inputs import IMAGES, TEXTS, reader_of
 from edge_runtime.data.sample_reader import SampleReader
 from edge_runtime.data.samples import Sample, SampleChangedError
+from edge_runtime.engines.sessions import InferenceSession, run
 from edge_runtime.store import DeviceStore
 from export.reference import torch_inputs
 
@@ -85,6 +86,27 @@ def test_cached_states_equal_a_direct_run_and_are_computed_once(
     for other in range(1, LAYERS + 1):
         again.frozen(samples, other)  # the states of all levels came from the same pass
     assert relative_error(again.pooled(samples, level), pooled) < 1e-5
+
+
+def test_a_pass_stores_the_next_levels_and_a_later_one_only_what_is_missing(
+    vit: Built, images: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[list[str]] = []
+
+    def recorded(session: InferenceSession, outputs: list[str], inputs: dict[str, np.ndarray]) -> list[Floats]:
+        computed.append(outputs)
+        return run(session, outputs, inputs)
+
+    monkeypatch.setattr(features, "run", recorded)
+    cache = FeatureCache(DiskCache(tmp_path), vit.bundle, threads=1, batch_size=len(images), ahead=1)
+    cache.frozen(images, 1)
+    cache.frozen(images, 2)  # from the same pass
+    cache.pooled(images, 2)
+    higher = whole(cache.frozen(images, LAYERS))
+    assert computed == [["hidden_2", "hidden_1", "pooled"], ["hidden_3"]]
+    assert (
+        relative_error(higher, run_graph(vit.bundle, "features.onnx", ["hidden_3"], **inputs_of(vit, images))[0]) < 1e-3
+    )
 
 
 def test_only_missing_images_are_computed(vit: Built, photos: Path, images: Samples, tmp_path: Path) -> None:

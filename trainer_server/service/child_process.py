@@ -43,7 +43,13 @@ class ChildProcess:
 
     def _start(self) -> subprocess.Popen[str]:
         """Raises RunError if it does not listen."""
-        process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C in a terminal ends the server, and the server ends this process
+        )
         assert process.stdin and process.stdout
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(self._job + "\n")
