@@ -20,7 +20,7 @@ from fedfmsl.common.cli import application
 from fedfmsl.common.logs import set_up_logging, signals_logged
 from fedfmsl.common.options import with_settings
 from fedfmsl.common.settings import read_settings
-from fedfmsl.errors import ConfigError, RunError
+from fedfmsl.errors import ConfigError, RunError, no_permission
 from fedfmsl.protocol.task_bundle import TaskBundle
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link
@@ -145,6 +145,8 @@ def show_console(settings: ConsoleSettings) -> None:
     require_folder(settings.out)
     if not settings.out.is_dir():
         raise RunError(f"--out {settings.out} does not exist; give the folder of a run, or of several runs")
+    if not os.access(settings.out, os.R_OK | os.X_OK):
+        raise ConfigError(no_permission(f"--out {settings.out}"))
     job = console_job(settings.console, settings.out, settings.identity, settings.revoked, settings.console_token)
     with signals_logged(logger, "the runs go on"), serve(job):
         logger.info(job.where)

@@ -140,8 +140,9 @@ class ServiceSettings(ConnectionSettings, LogSettings, ConsoleAccess):
             if not found:
                 raise ConfigError("the file names no device")
         except (OSError, UnicodeDecodeError, ConfigError) as error:
+            why = getattr(error, "strerror", None) or error
             raise ConfigError(
-                f"--allow {self.allow!r}: {error}; give names like kitchen,balcony or a file with one per line"
+                f"--allow {self.allow!r}: {why}; give names like kitchen,balcony or a file with one per line"
             ) from error
         return found
 

@@ -33,7 +33,10 @@ def serve(settings: Settings) -> None:
     host, port = parse_listen(settings.page)
     context = page_context(host, store.renewed.newest(settings.identity))
     token = None if is_loopback(host) else stored_token(store.page_token)
-    desk = open_desk(store, settings.images.resolve(), settings.labels, settings.watch is not None)
+    try:
+        desk = open_desk(store, settings.images.resolve(), settings.labels, settings.watch is not None)
+    except OSError as error:
+        raise ConfigError(f"{error}; run the command as the daemon's user, or free some disk space") from error
     access = Access(host, port, token, context is not None)
     title = store.name() or "Device"
     app = application(title, routes(desk), access, Path(__file__).parent / "templates")

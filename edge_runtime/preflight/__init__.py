@@ -15,7 +15,7 @@ from edge_runtime.preflight.network import check_broker, check_identity
 from edge_runtime.preflight.training import check_bundle, check_memory, check_samples
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
-from fedfmsl.errors import ConfigError, FedFMSLError
+from fedfmsl.errors import ConfigError, FedFMSLError, InputError, no_permission
 from fedfmsl.transport import outage
 
 # Later checks use what earlier ones have found.
@@ -46,6 +46,8 @@ def run_preflight(settings: Settings, config: Path | None = None) -> Iterator[Fi
                 yield from check(settings, context)
             except FedFMSLError as error:
                 yield Finding(name, str(error), error.exit_code)
+            except PermissionError as error:
+                yield Finding(name, no_permission(error.filename, "use"), InputError.exit_code)
 
 
 @contextmanager

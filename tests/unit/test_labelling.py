@@ -21,9 +21,11 @@ from edge_runtime.labelling.order import GROUP, margins, near_duplicates, questi
 from edge_runtime.labelling.queue import Queue, version_of
 from edge_runtime.page import service
 from edge_runtime.page.views import routes
+from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
 from fedfmsl.common.class_folders import walk_classes
-from fedfmsl.errors import InputError
+from fedfmsl.common.settings import read_settings
+from fedfmsl.errors import ConfigError, InputError
 from fedfmsl.protocol.messages import Prediction
 from fedfmsl.transport.listening import listen
 from fedfmsl.web.access import Access
@@ -384,3 +386,11 @@ def test_labels_go_into_the_training_folder_of_a_split(tmp_path: Path) -> None:
         (desk.images / name).rmdir()
     desk.answers.answer([desk.photo("x.jpg")], Kind.LABEL, "apple")
     assert (desk.images / "train" / "apple" / "x.jpg").is_file()
+
+
+def test_a_page_whose_questions_cannot_be_stored_says_so(tmp_path: Path) -> None:
+    store = DeviceStore(tmp_path)
+    store.questions.mkdir()
+    flags = {"run": "orchard", "images": tmp_path, "state": tmp_path, "page": "127.0.0.1:9"}
+    with pytest.raises(ConfigError, match=f"{store.questions} cannot be written or read .*; run the command as"):
+        service.serve(read_settings(Settings, flags=flags))

@@ -174,7 +174,7 @@ def test_100_megabytes_in_one_websocket_frame_are_dropped_with_bounded_memory() 
 
 @needs_mosquitto
 def test_a_full_queue_holds_few_messages_and_loses_none(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded_client, "_PAUSE_SECONDS", 3600)  # it is read on as soon as there is room
+    monkeypatch.setattr(bounded_client, "_PAUSE_SECONDS", 3600)  # it is read on as soon as there is space
     sender, reader = connected(port, "sender"), connected(port, "reader", "flood")
     count = 3 * MAX_EVENTS
     for number in range(count):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.cgroups import write_cgroup
 
 from edge_runtime.engines.memory import usable_memory
 
@@ -28,11 +29,5 @@ LIMIT = MACHINE // 4
 def test_the_limit_of_a_container_or_service_counts(
     tmp_path: Path, groups: str | None, files: dict[str, str], usable: int
 ) -> None:
-    if groups is not None:
-        (tmp_path / "proc/self").mkdir(parents=True)
-        (tmp_path / "proc/self/cgroup").write_text(groups)
-    for name, text in files.items():
-        path = tmp_path / "sys/fs/cgroup" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{text}\n")
+    write_cgroup(tmp_path, groups, files)
     assert usable_memory(tmp_path) == usable

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from support.cgroups import write_cgroup
 
 from fedfmsl.common.processors import usable_processors
 
@@ -30,11 +31,5 @@ def test_a_quota_of_a_container_or_service_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str | None, files: dict[str, str], count: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    if groups is not None:
-        (tmp_path / "proc/self").mkdir(parents=True)
-        (tmp_path / "proc/self/cgroup").write_text(groups)
-    for name, text in files.items():
-        path = tmp_path / "sys/fs/cgroup" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    write_cgroup(tmp_path, groups, files)
     assert usable_processors(tmp_path) == count

@@ -14,7 +14,6 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 
-from fedfmsl.common.files import EXHAUSTED, NO_DESCRIPTORS, has_descriptors
 from fedfmsl.errors import BrokerError, RunError
 from fedfmsl.protocol.chunks import CHUNK_BYTES, CHUNK_SIZES, HEADER_BYTES
 from fedfmsl.protocol.messages import DeviceStatus, ServerStatus
@@ -40,6 +39,7 @@ from trainer_server.coordinator.round_end import next_deadline
 from trainer_server.coordinator.state import Plan, State
 from trainer_server.service.batch import Batch, Statuses, flatten
 from trainer_server.service.clock import RunClock
+from trainer_server.service.disk_errors import reason_and_remedy
 from trainer_server.service.executor import Executor
 from trainer_server.service.expert_folder import ExpertFolder
 from trainer_server.service.figures import Figures, Snapshot
@@ -349,12 +349,10 @@ class Service:
                 self._executor.execute(command, self._state)
 
     def _wait_for_disk(self, error: OSError | sqlite3.Error) -> None:
-        exhausted = getattr(error, "errno", None) in EXHAUSTED or not has_descriptors()
-        remedy = NO_DESCRIPTORS if exhausted else "free some disk space"
-        reason = getattr(error, "strerror", None) or str(error)  # without the file, which differs each time
-        if (reason, remedy) != self._disk_error:
-            self._disk_error = (reason, remedy)
-            logger.error("cannot use %s (%s); %s, the run waits for it", self._store.folder, reason, remedy)
+        found = reason_and_remedy(error)
+        if found != self._disk_error:
+            self._disk_error = found
+            logger.error("cannot use %s (%s); %s, the run waits for it", self._store.folder, *found)
         time.sleep(POLL_SECONDS)
 
 
