@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.bundles import Built
 from support.coordinators import ABC, CoordinatorRun, make_update, plan_for
@@ -17,16 +19,17 @@ from support.offline_server import OfflineServer
 from support.training_contexts import announced_round
 
 from fedfmsl.errors import ConfigError, RunError
-from fedfmsl.protocol.messages import Stage
+from fedfmsl.protocol.messages import Globals, Stage
 from fedfmsl.protocol.task import Task
 from fedfmsl.protocol.task_bundle import TaskBundle
+from fedfmsl.protocol.tensors import blob_hash, pack
 from trainer_server.coordinator.advance import advance
 from trainer_server.coordinator.events import ClockTicked, OperatorActed, StatusSeen, Stop, StoreRound
 from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.records import ClosedRound
 from trainer_server.coordinator.state import State
 from trainer_server.service.lifecycle import make_plan, open_bundle, open_run, replay_rounds, restore_state
-from trainer_server.storage import round_records
+from trainer_server.storage import checkpoint, round_records
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 from trainer_server.storage.event_rows import LoggedEvent
 from trainer_server.storage.kept_experts import KeptExperts
@@ -66,7 +69,10 @@ def run_to_its_end(server: OfflineServer, nll: Callable[[State], float] = lambda
 
 
 @pytest.mark.parametrize("audit", [False, True])
-def test_a_server_killed_after_any_event_resumes_in_the_same_state(vit: Built, folder: Path, audit: bool) -> None:
+def test_a_server_killed_after_any_event_resumes_in_the_same_state(
+    vit: Built, folder: Path, audit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "PIECE", 2)  # a checkpoint of three devices has several pieces
     for server in run_to_its_end(opened(vit, folder, audit=audit)):
         last = server
     undisturbed = CoordinatorRun(replace(last.plan, read=plan_for(vit).read))
@@ -279,6 +285,22 @@ def test_a_bundle_that_differs_from_the_runs_is_refused(vit: Built, dinov2: Buil
     with pytest.raises(ConfigError, match="another bundle"):
         open_run(folder, server.plan.config, dinov2.bundle)
     assert open_bundle(server.store).sha256 == vit.bundle.sha256
+
+
+def test_an_update_on_a_disk_that_fails_is_read_later(
+    vit: Built, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(vit, folder).store
+    place = store.blobs.updates.append(blob := pack(Globals(run="r", kind="gate"), {"values": np.ones(3, np.float32)}))
+    store.blobs.place({blob_hash(blob): place})
+
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
+        patch.setattr(os, "pread", fail)
+        store.blobs.read(blob_hash(blob))
+    assert store.blobs.read(blob_hash(blob))["values"].tolist() == [1, 1, 1]
 
 
 def test_a_missing_or_altered_update_is_named(vit: Built, folder: Path) -> None:

@@ -110,9 +110,13 @@ def open_run(folder: Path, config: RunConfig, bundle: TaskBundle, source: Path |
 def open_bundle(store: RunStore) -> TaskBundle:
     """The bundle that the run was started with, and the task of its present session. Raises BundleError if the bundle's
     folder is missing or holds another one, RunError if the task is missing or altered."""
-    bundle = Bundle.load(store.origin.bundle)
+    restore = "restore it there, or repeat the start command with the --bundle of its new place"
+    try:
+        bundle = Bundle.load(store.origin.bundle)
+    except BundleError as error:
+        raise BundleError(f"the bundle of this run is not at {store.origin.bundle} ({error}); {restore}") from error
     if bundle.sha256 != store.origin.sha256:
-        raise BundleError(f"{bundle.root} is not the bundle that the run was started with; restore that bundle")
+        raise BundleError(f"{bundle.root} is not the bundle that the run was started with; {restore}")
     return TaskBundle(bundle, store.task(), f"the task of {store.folder}")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fedfmsl.algorithms.arrays import Tensors
-from fedfmsl.common.files import EXHAUSTED, write_atomically
+from fedfmsl.common.files import EXHAUSTED, FAILING, write_atomically
 from fedfmsl.errors import MessageError, RunError
 from fedfmsl.protocol.tensors import Header, blob_hash, tensors_of, unpack
 from trainer_server.storage.update_files import Place, UpdateFiles
@@ -28,7 +28,7 @@ class RunBlobs:
 
     def read(self, sha256: str) -> Tensors:
         """The tensors of an accepted update or a kept global expert. Raises RunError if its file is missing or altered,
-        OSError if no file can be opened."""
+        OSError if no file can be opened or the disk fails."""
         return tensors_of(self._blob(sha256))
 
     def unpack(self, sha256: str, header_type: type[Header]) -> tuple[Header, Tensors]:
@@ -47,7 +47,7 @@ class RunBlobs:
         try:
             blob = self.updates.read(place) if place else path.read_bytes()
         except OSError as error:
-            if error.errno in EXHAUSTED:  # the file is not what fails
+            if error.errno in EXHAUSTED | FAILING:  # not this file alone: it may be read later
                 raise
             raise RunError(f"{path} cannot be read ({error.strerror}); restore it from a backup") from error
         if not (len(blob) == verified.size if verified else blob_hash(blob) == sha256):
