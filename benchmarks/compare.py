@@ -61,7 +61,7 @@ def compare(
     print("| variant | of a product, committed | now | times as long | |\n|---|---|---|---|---|")
     for name in names:
         mark = "**slower**" if name in slow else ""
-        print(f"| {name} | {before[name]:.2f} | {now[name]:.2f} | {now[name] / before[name]:.2f} | {mark} |")
+        print(f"| {name} | {before[name]:.3g} | {now[name]:.3g} | {now[name] / before[name]:.2f} | {mark} |")
     sys.exit(1 if slow else 0)
 
 

@@ -11,7 +11,7 @@ inconspicuous. A single round says little of devices with different classes, so 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from statistics import median
 
@@ -42,15 +42,16 @@ def agreements(
     by its index, and is called once for each, and more often for those of an owner of several. 0 for a vector of zeros,
     or without others.
     """
-    of_owner = defaultdict(list)
+    times, of_owner = Counter(owners), defaultdict(list)
     for index, owner in enumerate(owners):
-        of_owner[owner].append(index)
-    alone = [own[0] for own in of_owner.values() if len(own) == 1]
+        if times[owner] > 1:  # else ten thousand lists
+            of_owner[owner].append(index)
+    alone = [index for index, owner in enumerate(owners) if times[owner] == 1]
     along = dict(zip(alone, products(read, alone, total), strict=True))
     weights, found = directions(norms), []
     squares = {size: float(np.square(total[:size]).sum()) for size in set(sizes)}
     for index, owner in enumerate(owners):
-        others = [other for other in of_owner[owner] if other != index]
+        others = [other for other in of_owner.get(owner, ()) if other != index]
         if others:
             vector = dense(read(index))
             rest = _without(total, others, weights, read)[: vector.size]

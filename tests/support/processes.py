@@ -39,6 +39,19 @@ from trainer_server.storage.run_store import RunStore
 SECONDS = 90.0  # timeout of every wait, for a busy machine
 RUN_SECONDS = 600.0  # timeout of a wait for the end of a run
 
+# What most commands need. Without pyarrow, which starts a thread: a fork of a process with threads may hang.
+IMPORTED = (
+    "devices.provisioning.fleet",
+    "devices.trial.evaluation",
+    "devices.trial.report",
+    "edge_runtime.daemon.launch",
+    "edge_runtime.inference.stream",
+    "edge_runtime.preflight",
+    "simulation.federation",
+    "simulation.report",
+    "trainer_server.inspect",
+)
+
 M = TypeVar("M", bound=Message)
 
 
@@ -75,7 +88,7 @@ def run_module(
 @cache
 def _warm_python() -> WarmPython:
     """The one of this process."""
-    python = WarmPython("devices.trial.run", "edge_runtime.daemon.launch", "simulation.run", "trainer_server.inspect")
+    python = WarmPython(*IMPORTED)
     atexit.register(python.close)
     return python
 

@@ -99,6 +99,17 @@ def test_products_in_float16_are_rounded_and_keep_small_gradients(fp16: Built, l
     assert all(cosine(gradient[at], expected[at]) > 0.9999 for at in bundle.expert.parts_of(level).values())
 
 
+def test_states_are_lifted_in_float16_as_in_float32(fp16: Built) -> None:
+    bundle, samples = fp16.bundle, as_input(fp16, random_samples(fp16, B, seed=1))
+    (hidden,) = run_graph(bundle, "features.onnx", ["hidden_2"], **samples)
+    theta = random_theta(bundle, LAYERS, seed=2)[bundle.expert.parts[str(LAYERS - 2)]]
+    exact, rounded = (
+        run_graph(bundle, f"{kind}lift-{LAYERS - 2}.onnx", ["lifted"], hidden=hidden, theta=theta)[0]
+        for kind in ("", FP16)
+    )
+    assert 1e-5 < relative_error(rounded, exact) < 2e-3
+
+
 def test_the_result_for_a_sample_does_not_depend_on_its_batch(int8: Built) -> None:
     samples = random_samples(int8, B, seed=3)
     together = run_graph(int8.bundle, "features.onnx", ["hidden_1", "pooled"], **as_input(int8, samples))

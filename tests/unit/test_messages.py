@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tracemalloc
 from typing import Any
 
@@ -21,6 +22,7 @@ from fedfmsl.protocol.messages import (
     Stage,
     Update,
     Verdict,
+    compact,
     encode,
     parse,
 )
@@ -161,3 +163,13 @@ def test_parse_is_the_inverse_of_encode_and_long_payloads_are_refused() -> None:
     for kind in (ServerStatus, Round, Update):
         with pytest.raises(MessageError, match="more than"):
             parse(kind, b" " * (kind.max_bytes + 1))
+
+
+def test_compact_messages_are_equal_and_share_what_they_have_in_common() -> None:
+    changes: list[dict[str, Any]] = [{"device": "a"}, {"device": "b", "samples": 7}, {"device": "c", "metrics": {}}]
+    updates = [UPDATE.model_copy(update={"session": "s" * 64, **change}) for change in changes]
+    kept = [compact(parse(Update, encode(update))) for update in updates]
+    assert kept == updates and [*map(encode, kept)] == [*map(encode, updates)]
+    assert kept[0].session is kept[2].session and kept[0].metrics is kept[1].metrics
+    assert kept[2].model_copy(update={"level": 2}).level == 2 and kept[2].level == 1
+    assert sys.getsizeof(vars(kept[0])) < 0.6 * sys.getsizeof(vars(updates[0]))

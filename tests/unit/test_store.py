@@ -29,7 +29,7 @@ from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.records import ClosedRound
 from trainer_server.coordinator.state import State
 from trainer_server.service.lifecycle import make_plan, open_bundle, open_run, replay_rounds, restore_state
-from trainer_server.storage import round_records
+from trainer_server.storage import checkpoint, round_records
 from trainer_server.storage.checkpoint import Checkpoint, vectors_of
 from trainer_server.storage.event_rows import LoggedEvent
 from trainer_server.storage.kept_experts import KeptExperts
@@ -69,7 +69,10 @@ def run_to_its_end(server: OfflineServer, nll: Callable[[State], float] = lambda
 
 
 @pytest.mark.parametrize("audit", [False, True])
-def test_a_server_killed_after_any_event_resumes_in_the_same_state(vit: Built, folder: Path, audit: bool) -> None:
+def test_a_server_killed_after_any_event_resumes_in_the_same_state(
+    vit: Built, folder: Path, audit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "PIECE", 2)  # a checkpoint of three devices has several pieces
     for server in run_to_its_end(opened(vit, folder, audit=audit)):
         last = server
     undisturbed = CoordinatorRun(replace(last.plan, read=plan_for(vit).read))
