@@ -226,9 +226,11 @@ def _show(results: Sequence[Measured]) -> None:
     print("|" + "---|" * len(COLUMNS))
     for result in results:
         print(f"| {' | '.join(result.cells())} |")
-    first, last = (result.processes["server"].peak_rss_mb for result in (results[0], results[-1]))
+    print()
+    if len(results) > 1:
+        first, last = (result.processes["server"].peak_rss_mb for result in (results[0], results[-1]))
+        print(f"Server's peak memory, {results[-1].devices} devices to {results[0].devices}: {last / first:.2f} times.")
     busiest = max(results[-1].processes.items(), key=lambda item: item[1].cpu_seconds)
-    print(f"\nServer's peak memory, {results[-1].devices} devices to {results[0].devices}: {last / first:.2f} times.")
     share = busiest[1].cpu_seconds / results[-1].wall
     print(f"Busiest at {results[-1].devices} devices: {busiest[0]}, {share:.0%} of one core over the run.")
 

@@ -29,7 +29,7 @@ def require_own_run(link: Link, topics: Topics, first_session: str, seconds: flo
     raise RunError(
         f"run {topics.run!r} exists already, with another folder: its server {server} and its devices wait for it; "
         "start this run with another --run, or go on with that folder. To give its devices to this run, stop that "
-        f"server and run python -m trainer_server purge --run {topics.run}"
+        f"server and run python -m trainer_server purge --run {topics.run} with the same --broker"
     )
 
 
