@@ -19,33 +19,32 @@ EXACT = 1024  # squares of 8-bit steps, 2¹⁴ at most, whose sum is exact in fl
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """`values` (n,) times the scale of their slot. `ends`: where the slots end, those behind the vector's end too.
-    `scales`: one for each slot of the vector."""
+    """A vector (n,) of slots: `values` (of each slot, flat) times `scales`. `ends`: where the slots end, those behind
+    the vector's end too."""
 
-    values: NDArray[np.int8]
+    values: tuple[NDArray[np.int8], ...]
     scales: Doubles
     ends: tuple[int, ...]
 
     @property
     def size(self) -> int:
-        return self.values.size
+        return self.ends[len(self.values) - 1] if self.values else 0
 
     def norm(self) -> float:
-        values = self.values.astype(np.float32)
-        squares = [_sum_of_squares(values[span]) for span in self.slots()]
+        squares = [_sum_of_squares(values.astype(np.float32)) for values in self.values]
         return float(np.sqrt((np.square(self.scales) * squares).sum()))
 
     def dense(self) -> Vector:
         """The vector (n,) in float32."""
         vector = np.empty(self.size, np.float32)
-        for span, scale in zip(self.slots(), np.asarray(self.scales, np.float32), strict=True):
+        for span, steps, scale in zip(self.slots(), self.values, self.scales.astype(np.float32), strict=True):
             values = vector[span]
-            values[:] = self.values[span]  # twice as fast as a product of mixed types
+            values[:] = steps  # twice as fast as a product of mixed types
             values *= scale
         return vector
 
     def slots(self) -> list[slice]:
-        return [slice(start, end) for start, end in pairwise((0, *self.ends[: len(self.scales)]))]
+        return [slice(start, end) for start, end in pairwise((0, *self.ends[: len(self.values)]))]
 
 
 Values = Vector | Steps

@@ -76,9 +76,11 @@ class _Block:
         return len(self.indices) == len(self._values)
 
     def append(self, index: int, steps: Steps) -> None:
-        row = len(self.indices)
-        for matrix, own in ((self._values, steps.values), (self._scales, steps.scales)):
-            matrix[row, : own.size], matrix[row, own.size :] = own, 0
+        values, scales = self._values[len(self.indices)], self._scales[len(self.indices)]
+        for span, own in zip(steps.slots(), steps.values, strict=True):
+            values[span] = own
+        values[steps.size :] = 0
+        scales[: len(steps.scales)], scales[len(steps.scales) :] = steps.scales, 0
         self.indices.append(index)
 
     def add_to(self, sums: Doubles, weights: Doubles) -> None:

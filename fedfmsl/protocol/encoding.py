@@ -80,8 +80,7 @@ def _from_int8(layout: Layout, tensors: Tensors) -> Steps:
     if not all(0 <= factor <= _LARGEST_SCALE for factor in factors.tolist()):
         raise MessageError(f"tensor {SCALES!r} has values that are not finite, negative or too large")
     slots = layout.checked(steps, np.int8)
-    values = [np.asarray(steps[slot.name], np.int8).ravel() for slot in slots]
-    return Steps(np.concatenate(values) if values else np.empty(0, np.int8), factors, layout.ends)
+    return Steps(tuple(np.asarray(steps[slot.name], np.int8).ravel() for slot in slots), factors, layout.ends)
 
 
 _Codec = tuple[Callable[[Layout, Vector], Tensors], Callable[[Layout, Tensors], Values]]

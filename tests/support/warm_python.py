@@ -41,14 +41,14 @@ class Ended:
 
 class WarmPython:
     def __init__(self, *imports: str, environment: Mapping[str, str] | None = None) -> None:
-        """`imports`: modules that commands need. `environment`: added to that of this process."""
-        self._lock = Lock()
+        """`imports`: modules that commands need. `environment`: added to that of this process at each command."""
+        self._lock, self._environment = Lock(), {"COLUMNS": "1000", **(environment or {})}
         self._process = subprocess.Popen(
             [sys.executable, __file__, *imports],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "COLUMNS": "1000", **(environment or {})},
+            env={**os.environ, **self._environment},
         )
 
     def __enter__(self) -> WarmPython:
@@ -63,8 +63,9 @@ class WarmPython:
     def run(self, module: str, *arguments: str, cwd: Path | None = None) -> Ended:
         """`python -m module arguments` to its end. A command of more than SECONDS is ended by SIGALRM."""
         assert self._process.stdin and self._process.stdout
+        request = [{**os.environ, **self._environment}, str(cwd or Path.cwd()), module, *arguments]
         with self._lock:
-            print(json.dumps([str(cwd or Path.cwd()), module, *arguments]), file=self._process.stdin, flush=True)
+            print(json.dumps(request), file=self._process.stdin, flush=True)
             return Ended(*json.loads(self._process.stdout.readline()))
 
 
@@ -74,11 +75,11 @@ def _serve() -> None:
     gc.freeze()  # the forks need not look at these objects
     requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     for line in requests:
-        folder, module, *arguments = json.loads(line)
+        environment, folder, module, *arguments = json.loads(line)
         with TemporaryFile() as out, TemporaryFile() as errors:
             child = os.fork()
             if child == 0:
-                _become(folder, out, errors)
+                _become(environment, folder, out, errors)
                 sys.argv[1:] = arguments
                 runpy.run_module(module, run_name="__main__", alter_sys=True)
                 return
@@ -87,8 +88,10 @@ def _serve() -> None:
         print(json.dumps([code, *texts]), file=answers, flush=True)
 
 
-def _become(folder: str, out: IO[bytes], errors: IO[bytes]) -> None:
-    """A process with this working directory and output."""
+def _become(environment: Mapping[str, str], folder: str, out: IO[bytes], errors: IO[bytes]) -> None:
+    """A process with this environment, working directory and output."""
+    os.environ.clear()
+    os.environ.update(environment)
     os.chdir(folder)
     sys.path[0] = folder  # as with -m
     for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), (out.fileno(), 1), (errors.fileno(), 2)):

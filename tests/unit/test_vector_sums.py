@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from fedfmsl.algorithms.aggregation import Contribution, ScreenedMean, WeightedMean
 from fedfmsl.algorithms.arrays import Doubles
@@ -15,6 +16,10 @@ ENDS = (2 * WIDTH + 5, 2 * WIDTH + 9, 3 * WIDTH, 3 * WIDTH + 700)
 PARTS = {"head": slice(0, ENDS[1]), "1": slice(ENDS[1], ENDS[2]), "0": slice(ENDS[2], ENDS[3])}
 
 
+def of(steps: NDArray[np.int8], scales: Doubles) -> Steps:
+    return Steps(tuple(np.split(steps, ENDS[: len(scales) - 1])), scales, ENDS)
+
+
 def updates(count: int, seed: int = 0) -> list[Steps]:
     """Of different levels, with scales from 1e-9 to 1e3."""
     rng = np.random.default_rng(seed)
@@ -22,14 +27,14 @@ def updates(count: int, seed: int = 0) -> list[Steps]:
     for _ in range(count):
         slots = int(rng.integers(2, len(ENDS) + 1))
         steps = rng.integers(-128, 128, ENDS[slots - 1]).astype(np.int8)
-        found.append(Steps(steps, (10.0 ** rng.uniform(-9, 3, slots)).astype(np.float32).astype(np.float64), ENDS))
+        found.append(of(steps, (10.0 ** rng.uniform(-9, 3, slots)).astype(np.float32).astype(np.float64)))
     return found
 
 
 def exact(steps: Steps) -> Doubles:
     row = np.zeros(ENDS[-1])
-    for span, scale in zip(steps.slots(), steps.scales, strict=True):
-        row[span] = steps.values[span] * scale
+    for span, values, scale in zip(steps.slots(), steps.values, steps.scales, strict=True):
+        row[span] = values * scale
     return row
 
 
@@ -65,10 +70,12 @@ def test_the_sums_of_steps_do_not_depend_on_the_order_in_which_a_processor_adds(
 
 
 def test_rules_give_the_same_for_steps_as_for_the_vectors() -> None:
-    steps = [Steps(each.values, np.full(len(each.scales), 1e-3), ENDS) for each in updates(12)]
-    steps[3] = Steps(steps[3].values, -40 * steps[3].scales, ENDS)  # against the others, and too long
-    shared = np.random.default_rng(3).integers(-80, 80, ENDS[-1]).astype(np.int8)
-    steps = [Steps(each.values // 4 + shared[: each.size], each.scales, ENDS) for each in steps]
+    rng = np.random.default_rng(3)
+    shared = rng.integers(-80, 80, ENDS[-1])
+    sizes = rng.choice(ENDS[1:], 12)
+    rows = [(shared[:size] + rng.integers(-30, 31, size)).astype(np.int8) for size in sizes]
+    steps = [of(row, np.full(ENDS.index(row.size) + 1, 1e-3)) for row in rows]
+    steps[3] = of(rows[3], -40 * steps[3].scales)  # against the others, and too long
     short = [Contribution(1.0 + index, each.size, lambda each=each: each) for index, each in enumerate(steps)]
     long = [Contribution.of(dense(each), 1.0 + index) for index, each in enumerate(steps)]
     for rule in (WeightedMean(), ScreenedMean(), ScreenedMean(clip=4.0, memory_bytes=1)):

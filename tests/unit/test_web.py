@@ -83,7 +83,7 @@ class Certified:
 
     def context(self, name: str) -> ssl.SSLContext:
         """Of a client with this certificate."""
-        return client_context(write_identity(self.folder / f"{name}.pem", self.issued.get(name), self.authority))
+        return client_context(write_identity(self.folder / f"client-{name}.pem", self.issued.get(name), self.authority))
 
     def server(self) -> Context:
         server = write_identity(self.folder / "server.pem", self.issued["server"], self.authority)
