@@ -133,6 +133,24 @@ def test_a_finished_run_that_is_rolled_back_goes_on_and_can_be_killed_and_replay
     ]
 
 
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_whole(vit: Built, folder: Path) -> None:
+    server = opened(vit, folder)
+    for event in server.joins():
+        server.feed(event)
+    reader, replaced = RunStore(folder), []
+
+    def replace_it(statement: str) -> None:
+        if "FROM checkpoint_pieces" in statement and not replaced:
+            replaced.append(statement)
+            for event in server.answers():
+                server.feed(event)
+
+    reader._db.set_trace_callback(replace_it)
+    found = reader.checkpoint()
+    assert found is not None and replaced and server.state.round == 2
+    assert {status.device for status in found[0].devices} == {*ABC} and found[0].round == 1
+
+
 def test_the_disk_holds_only_what_the_present_round_needs(vit: Built, folder: Path) -> None:
     most = max(len(list(server.store.blobs.folder.iterdir())) for server in run_to_its_end(opened(vit, folder)))
     assert most == 1 + len(ABC)  # the checkpoint and the round's updates

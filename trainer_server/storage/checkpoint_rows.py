@@ -36,9 +36,13 @@ class CheckpointRows:
 
     def _one(self, which: str) -> tuple[Checkpoint, float, str] | None:
         query = f"SELECT seq, at, state, sha256 FROM checkpoints WHERE seq = (SELECT {which}(seq) FROM checkpoints)"
-        row = self._db.execute(query).fetchone()
-        if row is None:
-            return None
-        seq, at, rest, sha256 = row
-        query = "SELECT field, items FROM checkpoint_pieces WHERE seq = ? ORDER BY field, first"
-        return join(rest, self._db.execute(query, (seq,))), at, sha256
+        self._db.execute("BEGIN")  # else a server may delete the pieces between the two queries
+        try:
+            row = self._db.execute(query).fetchone()
+            if row is None:
+                return None
+            seq, at, rest, sha256 = row
+            query = "SELECT field, items FROM checkpoint_pieces WHERE seq = ? ORDER BY field, first"
+            return join(rest, self._db.execute(query, (seq,))), at, sha256
+        finally:
+            self._db.execute("COMMIT")
