@@ -109,7 +109,7 @@ def classes(
 def _withdraw(store: RunStore, pending: Sequence[str], text: str) -> None:
     from fedfmsl.common.cli import console
 
-    names = tuple(map(normal_form, split_names(text)))
+    names = tuple(dict.fromkeys(map(normal_form, split_names(text))))
     if not names:
         raise ConfigError("--withdraw names no class; write it like --withdraw apple,pear")
     if unknown := [name for name in names if name not in pending]:
@@ -117,6 +117,8 @@ def _withdraw(store: RunStore, pending: Sequence[str], text: str) -> None:
         raise ConfigError(
             f"--withdraw: {listed(unknown)} does not wait to be added, {waiting}; a class of the run is never removed"
         )
+    if len(names) > MAX_ADDED:
+        raise ConfigError(f"--withdraw has {len(names)} names, more than {MAX_ADDED}; withdraw the others later")
     when = _ask(store, Operation(action=Action.WITHDRAW, classes=names, by="the command line"))
     later = "" if when == NOW else f", {when}"
     console.print(f"run {store.origin.config.run!r} does not add {listed(names)}{later}")

@@ -170,7 +170,7 @@ def test_the_command_lists_what_devices_propose_and_adds_classes(run: Coordinato
     assert "the class 'quince' is added after" in str(classes("--add", "quince").exception)
     refused = str(classes("--withdraw", "apple").exception)
     assert "apple does not wait to be added, these do: pear, quince, fíg" in refused
-    assert "does not add quince, when its server is started" in classes("--withdraw", "quince").stdout
+    assert "does not add quince, when its server is started" in classes("--withdraw", "quince,quince").stdout
     assert json.loads(classes("--json").stdout)["to_add"] == ["pear", "fíg"]
     store.commit([], ended="finished")
     assert "has ended (finished); start a new run with --from" in str(classes("--add", "lime").exception)

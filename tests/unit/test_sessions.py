@@ -139,11 +139,12 @@ def test_names_that_cannot_be_added_change_nothing(vit: Built, names: tuple[str,
 
 def test_a_class_is_withdrawn_until_it_is_added(vit: Built) -> None:
     run = started(vit, approve_classes="min-devices=1")
-    proposes_lime = run.status("a", proposed={"lime": 5})
-    run.feed_only(ADD, OperatorActed(Operation(action=Action.CLASSES, classes=("fig",))), StatusSeen(proposes_lime))
+    proposes = run.status("a", proposed={"lime": 5, "fig": 3})
+    run.feed_only(ADD, OperatorActed(Operation(action=Action.CLASSES, classes=("fig",))), StatusSeen(proposes))
     run.feed_only(OperatorActed(Operation(action=Action.WITHDRAW, classes=NEW)))
     assert approved(run.plan, run.state) == ("fig", "lime")
-    for name, why in (("quince", "does not wait to be added"), ("lime", "--approve-classes adds it")):
+    adds = "--approve-classes adds it"  # fig again, if only the operator took it back
+    for name, why in (("quince", "does not wait to be added"), ("lime", adds), ("fig", adds)):
         before = run.state
         run.feed_only(OperatorActed(Operation(action=Action.WITHDRAW, classes=(name,))))
         assert run.state is before and why in run.of(Log)[-1].text

@@ -81,12 +81,12 @@ def why_no_classes(plan: Plan, state: State, names: Sequence[str]) -> str:
 
 def why_not_withdrawn(plan: Plan, state: State, names: Sequence[str]) -> str:
     """Why these classes cannot be withdrawn now, or ""."""
+    left = approved(plan, replace(state, approved=tuple(name for name in state.approved if name not in names)))
     for name in names:
-        if name in state.approved:
-            continue
-        if name in approved(plan, state):
+        if name in left:
             return f"devices propose the class {name!r} and --approve-classes adds it; exclude these devices first"
-        return f"the class {name!r} does not wait to be added, so nothing is withdrawn"
+        if name not in state.approved:
+            return f"the class {name!r} does not wait to be added, so nothing is withdrawn"
     return ""
 
 
