@@ -25,7 +25,7 @@ from support.samples import CLASSES
 from fedfmsl.algorithms.aggregation import Aggregate, ScreenedMean
 from fedfmsl.common.hours import Hours
 from fedfmsl.protocol.chunks import chunks
-from fedfmsl.protocol.messages import Ack, Activity, Health, Round, ServerStatus, Stage, Verdict, encode
+from fedfmsl.protocol.messages import Ack, Activity, Health, Round, ServerStatus, Stage, Verdict, encode, parse
 from fedfmsl.protocol.task import Task
 from fedfmsl.protocol.tensors import pack
 from fedfmsl.protocol.topics import Topics
@@ -33,8 +33,10 @@ from fedfmsl.transport.link import Link, Received
 from trainer_server.coordinator.events import UpdateRefused, UpdateSeen
 from trainer_server.coordinator.operator import Action, Operation
 from trainer_server.coordinator.state import Plan
+from trainer_server.service import loop
 from trainer_server.service.floods import SPARE_MESSAGES
 from trainer_server.service.lifecycle import make_plan, open_bundle, open_run, restore_state, run_server
+from trainer_server.service.retained import retained
 from trainer_server.service.run_log import LOG_BYTES
 from trainer_server.storage.kept_experts import KeptExperts
 from trainer_server.storage.observations import read_observations
@@ -324,6 +326,23 @@ def test_a_device_that_is_not_allowed_takes_no_part_and_metrics_count_it(
         assert f"{prefix}_round_seconds_sum {sum(closed.seconds for closed in records)}" in lines
         assert f'{prefix}_stage{{stage="finished"}} 1.0' in lines
         assert any(line.startswith(f'{prefix}_refused_messages_total{{reason="not allowed"}}') for line in lines)
+
+
+def test_a_server_that_is_stopped_before_it_is_online_leaves_its_name_to_another_run(
+    vit: Built, broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(loop, "remove_unneeded_globals", stop)
+    store = open_run(tmp_path / "run", plan_for(vit, devices=1, run="stopped").config, vit.bundle)
+    with pytest.raises(Killed):
+        run_server(store, vit.bundle, broker.url, "", None, insecure=False)
+    topics, link = Topics("stopped"), Link(broker.url, "reader")
+    link.connect()
+    left = [parse(ServerStatus, each.payload) for each in retained(link, topics, [topics.server_status], SECONDS)]
+    link.close()
+    assert left and all(each.ended and not each.online for each in left)  # amqtt delivers it twice
 
 
 def test_a_run_rests_outside_of_its_hours_as_its_log_says(vit: Built, broker: Broker, tmp_path: Path) -> None:

@@ -142,19 +142,8 @@ class Service:
         """Returns whether the next session of the run begins; if not, the run is finished. Raises BrokerError, and
         RunError if the run failed or a newer server took over."""
         self._link.connect()
-        self._measure_chunks()
-        announced = self._state.announced
-        needed = (announced.blobs if announced else frozenset()) | {self._plan.bundle.task.sha256}
-        remove_unneeded_globals(self._link, self._topics, needed, blob_bytes(self._plan.largest_update))
-        self._link.subscribe(self._topics.status("+"))
-        self._link.subscribe(self._topics.health("+"))
-        self._link.subscribe(self._topics.update_chunk("+", "+", "+"))
-        self._link.subscribe(self._topics.server_status)
-        self._connect(self._state)
-        if self._state.announced is None and self._state.round == 0:
-            config = self._plan.config
-            logger.info("waiting up to %.0f s for %s", config.join_timeout, number_of(config.devices, "device"))
         try:
+            self._begin()
             self._keep_expert()
             self._obey()  # a finished run goes on if it is rolled back
             if self._store.checkpoint_number():
@@ -177,6 +166,21 @@ class Service:
         if not self._next_begins and self._store.ended != FINISHED:
             raise RunError(self._store.ended)
         return self._next_begins
+
+    def _begin(self) -> None:
+        """What a server does once, after it has connected."""
+        self._measure_chunks()
+        announced = self._state.announced
+        needed = (announced.blobs if announced else frozenset()) | {self._plan.bundle.task.sha256}
+        remove_unneeded_globals(self._link, self._topics, needed, blob_bytes(self._plan.largest_update))
+        self._link.subscribe(self._topics.status("+"))
+        self._link.subscribe(self._topics.health("+"))
+        self._link.subscribe(self._topics.update_chunk("+", "+", "+"))
+        self._link.subscribe(self._topics.server_status)
+        self._connect(self._state)
+        if announced is None and self._state.round == 0:
+            config = self._plan.config
+            logger.info("waiting up to %.0f s for %s", config.join_timeout, number_of(config.devices, "device"))
 
     def _measure_chunks(self) -> None:
         """Chooses the largest chunks that the broker takes. A broker that returns nothing is logged."""
