@@ -88,7 +88,7 @@ def test_a_run_whose_server_is_online_is_not_touched(broker: Broker) -> None:
     thread = threading.Thread(target=answer, args=(server, topics.server_status, online))
     thread.start()
     with pytest.raises(RunError, match="the server of run 'alive' is online; stop it"):
-        purge(Link(broker.url, "purge"), topics, "", server_seconds=30.0)
+        purge(Link(broker.url, "purge"), topics, "", server_seconds=0.0)
     thread.join()
     server.close()
     for index in (0, MANY - 1):
@@ -99,7 +99,7 @@ def test_a_run_whose_server_is_online_is_not_touched(broker: Broker) -> None:
 def test_a_server_that_lost_power_with_the_broker_is_not_online(broker: Broker) -> None:
     topics = Topics("dark")
     publish(broker, {topics.server_status: encode(ServerStatus(online=True, run="dark", session="1"))})
-    assert purge(Link(broker.url, "purge"), topics, "", server_seconds=0.1) == 1
+    assert purge(Link(broker.url, "purge"), topics, "", busy_seconds=0.1) == 1
     assert not retained(broker, topics.server_status)
 
 

@@ -15,6 +15,7 @@ PASSES = 10  # a broker may deliver only some of the messages at once, mosquitto
 ECHO_SECONDS = 20.0  # for the broker to return a message
 QUIET_SECONDS = 0.5  # a broker may return it before the last retained messages
 SERVER_SECONDS = 6.0  # for a server to come back whose connection this client has ended
+BUSY_SECONDS = 60.0  # for one that is online to answer: one that closes a round of many updates does nothing else
 
 
 def purge(
@@ -23,13 +24,14 @@ def purge(
     home_assistant: str,
     echo_seconds: float = ECHO_SECONDS,
     server_seconds: float = SERVER_SECONDS,
+    busy_seconds: float = BUSY_SECONDS,
 ) -> int:
     """Deletes the run's retained messages, on topics of the protocol only, and those that announce its devices below
     the prefix `home_assistant` ("": none). Returns their number. The broker has `echo_seconds` to deliver them.
 
     The broker may say that the server is online although both have lost power, or that it is offline: with one
     connection per identity it ends the server's connection for this client, if both have the server's identity. So a
-    server that has been there has `server_seconds` to say that it is online.
+    server that has been there has `server_seconds` to say that it is online, or `busy_seconds` if the broker says so.
 
     Raises BrokerError if the broker cannot be reached or does not allow it. Raises RunError if the run's server is
     online, or another process publishes the messages again.
@@ -45,7 +47,7 @@ def purge(
             if not found:
                 return len(removed)
             if not removed and status is not None:
-                _wait_for_server(link, topics, status, server_seconds)
+                _wait_for_server(link, topics, status, busy_seconds if status.online else server_seconds)
             for topic in found:
                 link.publish(topic, b"", retain=True)
             removed |= found
