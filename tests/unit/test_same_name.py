@@ -39,14 +39,14 @@ def broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_another_run_of_the_name_that_has_not_ended_keeps_its_devices(
     broker: Broker, first_session: str, online: bool, ended: bool, refused: str
 ) -> None:
-    topics = Topics("orchard")
+    topics = Topics("orchard", "farm/fedfmsl")
     status = ServerStatus(online=online, run="orchard", session="2", first_session=first_session, ended=ended)
     publisher = Link(broker.url, "publisher")
     publisher.connect()
     publisher.publish(topics.server_status, encode(status), retain=True).wait_for_publish(SECONDS)
     publisher.close()
     if refused:
-        with pytest.raises(RunError, match=f"another folder: its server is {refused}.*purge --run orchard"):
+        with pytest.raises(RunError, match=f"folder: its server is {refused}.*--run orchard --topic-prefix farm/"):
             require_own_run(Link(broker.url, "server"), topics, OWN, SECONDS)
     else:
         require_own_run(Link(broker.url, "server"), topics, OWN, SECONDS)

@@ -10,7 +10,7 @@ import contextlib
 
 from fedfmsl.errors import MessageError, RunError
 from fedfmsl.protocol.messages import ServerStatus, parse
-from fedfmsl.protocol.topics import Topics
+from fedfmsl.protocol.topics import ROOT, Topics
 from fedfmsl.transport.link import Link
 from trainer_server.service.retained import ANSWER_SECONDS, retained
 
@@ -26,10 +26,11 @@ def require_own_run(link: Link, topics: Topics, first_session: str, seconds: flo
     if status is None or status.ended or status.first_session in (None, first_session):
         return
     server = "is online" if status.online else "is offline"
+    prefix = "" if topics.prefix == ROOT else f" --topic-prefix {topics.prefix}"
     raise RunError(
         f"run {topics.run!r} exists already, with another folder: its server {server} and its devices wait for it; "
         "start this run with another --run, or go on with that folder. To give its devices to this run, stop that "
-        f"server and run python -m trainer_server purge --run {topics.run} with the same --broker"
+        f"server and run python -m trainer_server purge --run {topics.run}{prefix} with the same --broker"
     )
 
 
