@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_settings import SettingsConfigDict
 
 from fedfmsl.algorithms.aggregation import AggregationRule, CoordinateMedian, ScreenedMean, TrimmedMean, WeightedMean
 from fedfmsl.algorithms.bounds import NORM_FACTOR, WEIGHT_CAP
@@ -154,7 +155,7 @@ class Trigger(str, Enum):
 class RunRules(BaseModel):
     """The settings that the coordinator uses without conversion. Times in seconds."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(frozen=True, extra="forbid")
 
     run: RunName = Field(description="Name of the run. Devices use the same name.", json_schema_extra=RUN)
     devices: int = Field(

@@ -72,14 +72,14 @@ class HealthReporter:
         refused: str = "",
     ) -> None:
         """To be called about once a second. Resets the watchdog if the daemon is `alive`, and publishes the health when
-        the activity or the connection has changed or the next message is due. Without a connection it is only
-        written to the state directory. `refused`: what the broker seems to refuse."""
+        the activity or the connection has changed, a round is done, or the next message is due. Without a connection it
+        is only written to the state directory. `refused`: what the broker seems to refuse."""
         if alive:
             self._watchdog()
         newest, outage = self.newest, self._link.outage
-        shown = (activity, one_line(outage.reason), one_line(refused))
-        changed = newest is None or (newest.activity, newest.disconnected, newest.refused) != shown
-        if not changed and time.monotonic() < self._due:
+        shown = (activity, self.rounds_done, one_line(outage.reason), one_line(refused))
+        before = newest and (newest.activity, newest.rounds_done, newest.disconnected, newest.refused)
+        if shown == before and time.monotonic() < self._due:
             return
         self._due = time.monotonic() + self._seconds
         now = {"activity": activity, "paused": paused, "rounds_done": self.rounds_done, "slowdown": slowdown}

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSource, SettingsConfigDict
 
 from fedfmsl.errors import ConfigError, one_line
 
@@ -62,10 +62,17 @@ _LOGIN = re.compile(r"(\w+://)?.*@", re.DOTALL)  # USER:PASSWORD@ of an address
 _NO_PORT = re.compile(r"(://[^/:@\[\]]*:)(?!\d{1,5}(?:/|$)).*", re.DOTALL)  # USER:PASSWORD without its @
 
 
-class SettingsModel(BaseModel):
+class SettingsModel(BaseSettings):
     """Base of a settings model. `Field(json_schema_extra=panel("…"))` puts a setting into a group of the help."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        enable_decoding=False,
+    )
 
     @field_validator("*")
     @classmethod
@@ -149,15 +156,17 @@ def read_settings(
     `file_model` is the model of all keys that the file may hold; default: `model`. Raises SettingsError with every
     error found, ConfigError if the file cannot be read.
     """
-    file = TomlFile(model, config, file_model or model)
-    env = variables(model) if environment else {}
+    file = TomlSource(model, config, file_model or model)
+    env = EnvSettingsSource(model) if environment else InitSettingsSource(model, {})
+    flag = InitSettingsSource(model, dict(flags or {}))
     problems = list(file.problems)  # pairs of a line of the file and a text
+    sources: dict[str, Any] = {"_build_sources": ((flag, env, file), {})}
     try:
-        settings = model.model_validate({**file.values, **env, **(flags or {})})
+        settings = model(**sources)
     except ValidationError as error:
         places = {
             **file.places,
-            **{key: Place(f"{variable_of(key)} ", _redacted(value)) for key, value in env.items()},
+            **{key: Place(f"{variable_of(key)} ", _redacted(value)) for key, value in env().items()},
             **{key: Place(f"{flag_of(key)} ", _redacted(str(value))) for key, value in (flags or {}).items()},
         }
         problems += [_explain(details, places, config) for details in error.errors()]
@@ -174,12 +183,7 @@ class Place(NamedTuple):
     line: float = math.inf
 
 
-def variables(model: type[SettingsModel]) -> dict[str, str]:
-    """The environment variables of a model that are set, by key. An empty one is not set."""
-    return {key: value for key in model.model_fields if (value := os.environ.get(variable_of(key)))}
-
-
-class TomlFile:
+class TomlSource(InitSettingsSource):
     """The settings in a TOML file. Relative paths in it are relative to its folder."""
 
     def __init__(self, model: type[SettingsModel], path: Path | None, file_model: type[SettingsModel]) -> None:
@@ -187,8 +191,7 @@ class TomlFile:
         self.problems: list[tuple[float, str]] = []  # unknown keys, with their lines
         self.places: dict[str, Place] = {}
         text, table = load_toml(path) if path else ("", {})
-        self.values: dict[str, Any] = {}
-        listed = False
+        values, listed = {}, False
         for key, value in table.items():
             line = _line_of(text, key)
             place = f"{path}:{line}" if line else f"{path}"
@@ -198,7 +201,8 @@ class TomlFile:
                 self.problems.append((line, f"{place}: {key!r} is not a setting; {remedy}"))
             elif key in model.model_fields and path:
                 self.places[key] = Place(f"{place}: {key} = ", _redacted(value), line)
-                self.values[key] = _file_value(value, type_of(model.model_fields[key])[0], path)
+                values[key] = _file_value(value, type_of(model.model_fields[key])[0], path)
+        super().__init__(model, values)
 
 
 def type_of(field: FieldInfo) -> tuple[Any, list[Any]]:

@@ -44,7 +44,7 @@ EDGE = "edge_runtime"
 TABLE = (
     Row("fedfmsl.errors"),
     Row(ALGORITHMS, "", "numpy cryptography Crypto"),
-    Row(COMMON, "fedfmsl.errors", "typer rich pydantic pydantic_core tomli"),
+    Row(COMMON, "fedfmsl.errors", "typer rich pydantic pydantic_core pydantic_settings tomli"),
     Row(PROTOCOL, f"fedfmsl.errors {ALGORITHMS}", "numpy pydantic safetensors"),
     Row(TRANSPORT, f"fedfmsl.errors {COMMON} {PROTOCOL}", "paho pydantic cryptography"),
     Row("fedfmsl.web", f"fedfmsl.errors {COMMON} {TRANSPORT}", "jinja2 starlette uvicorn"),
@@ -56,7 +56,7 @@ TABLE = (
         "typer",
     ),
     Row("trainer_server.defaults"),
-    Row("trainer_server.config", f"{FEDFMSL} trainer_server.defaults", "pydantic"),
+    Row("trainer_server.config", f"{FEDFMSL} trainer_server.defaults", "pydantic pydantic_settings"),
     Row("trainer_server.coordinator", f"{FEDFMSL} trainer_server.config", "numpy"),
     Row(
         "trainer_server.storage",
@@ -78,7 +78,7 @@ TABLE = (
         "trainer_server.service",
         "pydantic starlette",
     ),
-    Row("trainer_server", f"{FEDFMSL} trainer_server.*", "typer rich pydantic"),
+    Row("trainer_server", f"{FEDFMSL} trainer_server.*", "typer rich pydantic pydantic_settings"),
     Row(f"{EDGE}.store", FEDFMSL, "pydantic"),
     Row(f"{EDGE}.engines", FEDFMSL, "numpy onnxruntime psutil"),
     Row(f"{EDGE}.data", f"{FEDFMSL} {EDGE}.store {EDGE}.engines", "numpy PIL pydantic"),
@@ -89,7 +89,7 @@ TABLE = (
         f"{FEDFMSL} {EDGE}.store {EDGE}.engines {EDGE}.data {EDGE}.training",
         "numpy pydantic pydantic_core psutil",
     ),
-    Row(f"{EDGE}.settings", f"{FEDFMSL} {EDGE}.resources", "pydantic"),
+    Row(f"{EDGE}.settings", f"{FEDFMSL} {EDGE}.resources", "pydantic pydantic_settings"),
     Row(
         f"{EDGE}.inference",
         f"{FEDFMSL} {EDGE}.store {EDGE}.engines {EDGE}.data {EDGE}.labelling {EDGE}.training {EDGE}.settings",
@@ -274,7 +274,7 @@ def distributions_of(extra: str) -> set[str]:
 
 def test_the_edge_extra_installs_neither_torch_nor_what_needs_it() -> None:
     assert distributions_of("edge") == {
-        *("numpy", "paho-mqtt", "pydantic", "rich", "safetensors", "tomli", "typer"),
+        *("numpy", "paho-mqtt", "pydantic", "pydantic-settings", "rich", "safetensors", "tomli", "typer"),
         *("cryptography", "psutil", "pycryptodome", "tomlkit"),
         *("onnx", "onnxruntime", "pillow", "prometheus-client"),
         *("jinja2", "starlette", "uvicorn"),

@@ -59,7 +59,7 @@ def next_health(observer: Link) -> Health:
             return parse(Health, event.payload)
 
 
-def test_health_is_published_when_the_activity_changes_and_at_intervals(
+def test_health_is_published_when_the_activity_changes_after_a_round_and_at_intervals(
     vit: Built, photos: Path, tmp_path: Path, broker: Broker, observer: Link
 ) -> None:
     daemon = make_daemon(vit, photos, tmp_path / "state", "kitchen", broker.url)
@@ -84,9 +84,12 @@ def test_health_is_published_when_the_activity_changes_and_at_intervals(
     health_reporter.heartbeat(
         Activity.WORKING, device, replace(state, unacknowledged=frozenset())
     )  # not published: the activity is the same
+    health_reporter.rounds_done = 3
+    health_reporter.heartbeat(Activity.WORKING, device, state)
     health_reporter.heartbeat(Activity.PAUSED, device, state, "81.5 °C, above --max-temperature 75")
-    working, paused = next_health(observer), next_health(observer)
+    working, done, paused = next_health(observer), next_health(observer), next_health(observer)
     assert working.activity is Activity.WORKING
+    assert (done.activity, done.rounds_done) == (Activity.WORKING, 3)  # also if the next round has begun at once
     assert (working.round, working.stage, working.level, working.level_cap) == (3, "global", 2, device.level_cap)
     assert (working.unacknowledged, working.rounds_done) == (2, 2)
     assert (working.train, working.held_out) == (len(device.scanned.train), len(device.scanned.held_out))
