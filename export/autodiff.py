@@ -75,8 +75,8 @@ class Tape:
 
     def normalize(self, x: Var) -> Var:
         """The identity. The backward pass below it computes with a gradient whose largest value is 1, and the gradients
-        of trainables are multiplied again at its end (ours). So gradients of a small loss are not lost in float16. This
-        is exact, because a backward pass is linear in its gradient."""
+        of trainables are multiplied again at its end (ours). So gradients of a small loss are not lost in float16. But
+        for rounding the result is the same, because a backward pass is linear in its gradient."""
         op = self.graph.op
 
         def backward(g: str) -> None:

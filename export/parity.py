@@ -70,10 +70,9 @@ def check_parity(bundle: TaskBundle, source: Backbone, level: int, seed: int, ki
         gradient=float(np.abs(ours_gradient - gradient).max() / np.abs(gradient).max()),
         logits=float(np.abs(ours_logits - logits).max() / np.abs(logits).max()),
     )
-    if (
-        not max(parity.loss, parity.gradient, parity.logits)
-        <= TOLERANCE["fp16" if kind == FP16 else manifest.precision]
-    ):
+    tolerance = TOLERANCE["fp16" if kind == FP16 else manifest.precision]
+    # not their maximum: Python's `max` passes over a NaN, and float16 may overflow in the backward pass alone
+    if not all(error <= tolerance for error in (parity.loss, parity.gradient, parity.logits)):
         remedy = "omit --fp16" if kind == FP16 else "this model cannot be exported"
         raise BundleError(f"the {kind}graphs of level {level} differ from torch + PEFT: {parity}; {remedy}")
     return parity

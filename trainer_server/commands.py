@@ -108,7 +108,7 @@ def _coordinate(
             f"{store.origin.config.devices}; add names, or lower --devices"
         )
     with ExitStack() as served:
-        served.enter_context(signals_logged(logger, f"to go on: python -m trainer_server resume --out {store.folder}"))
+        served.enter_context(signals_logged(logger, "to go on, give the same command again"))
         url = ""
         if settings.serve:
             bundle_server = BundleServer(

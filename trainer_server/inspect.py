@@ -197,7 +197,7 @@ def _server_text(server: dict[str, Any], ended: str | None) -> str:
         return f"runs as process {server['pid'] or 'unknown'}, {last}"
     if server["runs"] is None and server["last_event"]:
         return f"unknown, because this user may not read the lock of the run; {last}"
-    remedy = "" if ended else "; start it again with python -m trainer_server resume"
+    remedy = "" if ended else "; start it again with the same command"
     return f"does not run, {last}{remedy}"
 
 

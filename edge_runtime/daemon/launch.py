@@ -177,9 +177,8 @@ def _runner(daemon: Daemon, prepared: Prepared, control: StepControl) -> RoundRu
             engine.release,
             reader=prepared.reader,
             provider=prepared.provider,
-            ahead=bundle.manifest.levels
-            if settings.rehearse
-            else LEVELS_AHEAD,  # deleted samples cannot be computed again
+            # states of deleted samples cannot be computed later
+            ahead=bundle.manifest.levels if settings.rehearse else LEVELS_AHEAD,
         ),
         engine=engine,
         gate=Gate(bundle, threads),

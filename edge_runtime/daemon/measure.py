@@ -7,7 +7,6 @@ from pathlib import Path
 
 from edge_runtime.resources.plan import Plan, make_plan
 from edge_runtime.resources.providers import Choice, first_that_fits, provider_for
-from edge_runtime.resources.unfinished import UnfinishedWork
 from edge_runtime.settings import Settings
 from edge_runtime.store import DeviceStore
 from fedfmsl.protocol.messages import EngineName
@@ -27,7 +26,6 @@ def measure(
     threads, memory, step_seconds = settings.thread_count, settings.memory, settings.step_seconds
 
     def plan(provider: str) -> Plan:
-        with UnfinishedWork(store.root).counted(provider):
-            return make_plan(bundle, store, engine, threads, provider, largest, memory, step_seconds, heartbeat)
+        return make_plan(bundle, store, engine, threads, provider, largest, memory, step_seconds, heartbeat)
 
     return first_that_fits(provider_for(engine, settings.provider, bundle, threads, store, heartbeat), plan)

@@ -94,7 +94,7 @@ def describe(health: Health, store: DeviceStore, now: float) -> Iterator[tuple[s
         yield "rehearsal", f"{rehearsed} deleted samples are trained with (--rehearse)"
     if health.proposed:
         yield "proposes", f"new classes: {describe_proposed(health.proposed)}; the operator can add them to the run"
-    yield "updates", f"{health.rounds_done} rounds done, {health.unacknowledged} updates not acknowledged yet"
+    yield "updates", f"rounds done: {health.rounds_done}, not acknowledged yet: {health.unacknowledged}"
     facts = [f"{health.temperature:.1f} °C"] if health.temperature is not None else []
     facts += ["on battery"] if health.on_battery else []
     facts += [f"other processes use {health.others:.0%} of the processors"] if health.others is not None else []

@@ -218,11 +218,11 @@ class Features(Generic[S_co]):
             self._store.put(folder, sample.sha256, row.astype(dtype).tobytes())
 
     def _extract(self, samples: Sequence[Sample], level: int) -> Computed:
-        """Runs passes and stores those outputs that are missing. Yields samples and the last of these outputs: pooled
-        features (B, F), if they were missing."""
+        """Runs passes and stores their outputs, but not the states of a level that are all stored. Yields samples and
+        their pooled features (B, F): always, because `pooled` may have found stored ones damaged."""
         folders, done = self._folders(level), 0
         for name, folder in list(folders.items()):
-            if all(self._store.has(folder, sample.sha256) for sample in samples):
+            if name != POOLED and all(self._store.has(folder, sample.sha256) for sample in samples):
                 del folders[name]
         for part, found in self._passes(samples, list(folders)):
             for folder, rows in zip(folders.values(), found, strict=True):

@@ -20,6 +20,7 @@ from edge_runtime.engines.runtime import onnxruntime
 from edge_runtime.engines.sessions import CPU
 from edge_runtime.engines.step_graph import default_micro_batch
 from edge_runtime.resources.probe import BATCH, FEATURES, Measure, Measurement, ProbeProcess, measured_classes
+from edge_runtime.resources.unfinished import UnfinishedWork
 from edge_runtime.store import DeviceStore
 from fedfmsl.common.files import write_atomically
 from fedfmsl.errors import ConfigError
@@ -106,10 +107,12 @@ def make_plan(
             heartbeat()
             yield measured
 
-    plan = plan_within(measure, bundle, budget - RESERVE, step_seconds, provider)
-    if not plan.memory_plans:
-        raise ConfigError(_why_nothing_fits(_measure_minimum(measure), budget, step_seconds))
-    write_atomically(path, _StoredPlan(conditions=conditions, plan=plan).model_dump_json().encode())
+    with UnfinishedWork(store.root).counted(provider):
+        plan = plan_within(measure, bundle, budget - RESERVE, step_seconds, provider)
+        if not plan.memory_plans:
+            raise ConfigError(_why_nothing_fits(_measure_minimum(measure), budget, step_seconds))
+    # durable, because a measurement that ends starts the count of unfinished work anew
+    write_atomically(path, _StoredPlan(conditions=conditions, plan=plan).model_dump_json().encode(), durable=True)
     return plan
 
 

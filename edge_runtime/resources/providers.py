@@ -146,14 +146,16 @@ def choose_provider(
         known = {name: trial for name, trial in stored.choice.trials.items() if not trial.temporary}
     else:
         unfinished.forget()
-        write_atomically(path, _StoredChoice(conditions=conditions, choice=Choice()).model_dump_json().encode())
+        # durable, as the counts are: a driver that takes the machine down must find the same conditions again
+        begun = _StoredChoice(conditions=conditions, choice=Choice())
+        write_atomically(path, begun.model_dump_json().encode(), durable=True)
     known |= {name: Trial(refused=reason) for name in candidates if (reason := unfinished.refusal(name))}
     missing = [name for name in (CPU, *candidates) if name not in known]
     if not missing:
         return fastest(known)
     tried = try_providers(bundle, list(dict.fromkeys([CPU, *missing])), threads, store.root, heartbeat)
     choice = fastest({**known, **tried})
-    write_atomically(path, _StoredChoice(conditions=conditions, choice=choice).model_dump_json().encode())
+    write_atomically(path, _StoredChoice(conditions=conditions, choice=choice).model_dump_json().encode(), durable=True)
     return choice
 
 

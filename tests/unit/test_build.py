@@ -160,6 +160,18 @@ def test_the_parity_check_finds_slightly_wrong_weights(vit: Built, tmp_path: Pat
         check_parity(TaskBundle.load(tmp_path / "bundle"), vit.source, LAYERS, seed=1)
 
 
+def test_the_parity_check_finds_a_gradient_that_is_not_finite(vit: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = parity._run
+
+    def overflow(bundle: TaskBundle, name: str, outputs: list[str], **inputs: np.ndarray) -> list[np.ndarray]:
+        found = run(bundle, name, outputs, **inputs)
+        return [array * np.nan if each == "gradient" else array for each, array in zip(outputs, found, strict=True)]
+
+    monkeypatch.setattr(parity, "_run", overflow)
+    with pytest.raises(BundleError, match="differ from torch"):
+        check_parity(vit.bundle, vit.source, 1, seed=1)
+
+
 def without(name: str) -> Callable[[Family], Family]:
     """A family without a canonical weight outside the blocks."""
 

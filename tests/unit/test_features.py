@@ -15,7 +15,7 @@ from support.torch_reference import hidden_states, torch_expert
 
 from edge_runtime.data import features, inputs
 from edge_runtime.data.cache import DiskCache
-from edge_runtime.data.features import FeatureCache, HiddenStates
+from edge_runtime.data.features import FeatureCache, Features, HiddenStates
 from edge_runtime.data.folder import SampleFolder, scan_once
 from edge_runtime.data.inputs import IMAGES, TEXTS, reader_of
 from edge_runtime.data.sample_reader import SampleReader
@@ -23,6 +23,7 @@ from edge_runtime.data.samples import Sample, SampleChangedError
 from edge_runtime.engines.sessions import InferenceSession, run
 from edge_runtime.store import DeviceStore
 from export.reference import torch_inputs
+from simulation.store import FileStore
 
 Samples = tuple[Sample, ...]
 
@@ -103,7 +104,7 @@ def test_a_pass_stores_the_next_levels_and_a_later_one_only_what_is_missing(
     cache.frozen(images, 2)  # from the same pass
     cache.pooled(images, 2)
     higher = whole(cache.frozen(images, LAYERS))
-    assert computed == [["hidden_2", "hidden_1", "pooled"], ["hidden_3"]]
+    assert computed == [["hidden_2", "hidden_1", "pooled"], ["hidden_3", "pooled"]]
     assert (
         relative_error(higher, run_graph(vit.bundle, "features.onnx", ["hidden_3"], **inputs_of(vit, images))[0]) < 1e-3
     )
@@ -212,6 +213,20 @@ def test_a_damaged_file_is_computed_again(
         assert np.allclose(old, new, atol=2e-3)
     memory.forbid()  # and it was stored again
     everything(cache)
+
+
+def test_damaged_features_of_a_store_that_notices_damage_only_when_it_reads_are_computed_again(
+    vit: Built, images: Samples, tmp_path: Path
+) -> None:
+    def pooled() -> Floats:
+        store = FileStore(tmp_path, [image.sha256 for image in images])
+        return Features(store, vit.bundle, threads=1).pooled(images, 1)
+
+    before = pooled()
+    (path,) = tmp_path.rglob("*-pooled")
+    stored = path.read_bytes()
+    path.write_bytes(bytes([stored[0] ^ 1]) + stored[1:])
+    assert np.allclose(pooled(), before, atol=1e-6)
 
 
 def test_states_of_another_bundle_are_never_used(vit: Built, dinov2: Built, images: Samples, tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from edge_runtime.data.folder import SampleFolder
 from edge_runtime.engines.base import MemoryPlan
 from edge_runtime.engines.openvino import OPENVINO, offers_openvino
 from edge_runtime.engines.sessions import CPU, IN_FP16, open_model, open_session
+from edge_runtime.resources import plan as plan_module
 from edge_runtime.resources import provider_trial, providers
-from edge_runtime.resources.plan import Plan
+from edge_runtime.resources.plan import Plan, make_plan
 from edge_runtime.resources.provider_trial import Bounds, Trial, bounds_of, disagreement, try_provider
 from edge_runtime.resources.providers import (
     Choice,
@@ -43,6 +44,7 @@ from tests.support.in_process_daemon import make_daemon, no_report
 from tests.support.training_contexts import announced_round
 
 GRADIENT = "gradient of block 3"
+PLAN = Plan(feature_batch=4, memory_plans={1: MemoryPlan(4)}, seconds={1: 0.1})
 OUTPUTS = {"hidden": np.ones((2, 3)), "loss": np.array([2.0]), GRADIENT: np.array([1.0, 2.0, 3.0])}
 with_openvino = pytest.mark.skipif(not offers_openvino(), reason="needs OpenVINO and a processor with bfloat16")
 
@@ -333,16 +335,37 @@ def test_a_provider_is_counted_while_a_round_is_computed(
     assert found == [False, True] and not counts.exists()
 
 
+def test_a_start_without_a_measurement_does_not_end_the_count(
+    vit: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts, found = tmp_path / "unfinished.json", list[bool]()
+
+    def plan_within(*_: object) -> Plan:
+        found.append(counts.exists())
+        return PLAN
+
+    def start() -> None:
+        make_plan(vit.bundle, DeviceStore(tmp_path), "step-graph", 1, "cuda", (1, tmp_path), 10**9, 60.0)
+
+    monkeypatch.setattr(plan_module, "plan_within", plan_within)
+    start()
+    assert found == [True] and not counts.exists()
+    for _ in range(3):
+        assert not UnfinishedWork(tmp_path).refusal("cuda")
+        kill_work(tmp_path)  # in a round
+        start()  # the plan is known
+    assert found == [True] and UnfinishedWork(tmp_path).refusal("cuda")
+
+
 def test_a_provider_that_cannot_be_measured_is_replaced_by_the_next_one(
     vit: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trials = {CPU: Trial(seconds=2.0), "cuda": Trial(seconds=1.0)}
-    plan = Plan(feature_batch=4, memory_plans={1: MemoryPlan(4)}, seconds={1: 0.1})
 
     def make_plan(bundle: TaskBundle, store: DeviceStore, engine: str, threads: int, provider: str, *_: object) -> Plan:
         if provider in refused:
             raise ConfigError("a round at level 1 needs 900MB")
-        return plan
+        return PLAN
 
     monkeypatch.setattr(measure_module, "provider_for", lambda *_: fastest(trials))
     monkeypatch.setattr(measure_module, "make_plan", make_plan)
@@ -350,7 +373,7 @@ def test_a_provider_that_cannot_be_measured_is_replaced_by_the_next_one(
     arguments = settings, DeviceStore(tmp_path), "step-graph", vit.bundle, (1, tmp_path), lambda: None
     refused = ["cuda"]
     choice, found = measure(*arguments)
-    assert found == plan
+    assert found == PLAN
     assert describe_choice(choice) == "cpu; cuda is not used: a round at level 1 needs 900MB"
     refused.append(CPU)
     with pytest.raises(ConfigError, match="900MB"):

@@ -46,8 +46,10 @@ def test_another_run_of_the_name_that_has_not_ended_keeps_its_devices(
     publisher.publish(topics.server_status, encode(status), retain=True).wait_for_publish(SECONDS)
     publisher.close()
     if refused:
-        with pytest.raises(RunError, match=f"folder: its server is {refused}.*--run orchard --topic-prefix farm/"):
+        remedy = "purge --run orchard --topic-prefix farm/fedfmsl with"
+        with pytest.raises(RunError, match=f"another folder: its server is {refused}.*{remedy}") as caught:
             require_own_run(Link(broker.url, "server"), topics, OWN, SECONDS)
+        assert ("stop that server" in str(caught.value)) == online
     else:
         require_own_run(Link(broker.url, "server"), topics, OWN, SECONDS)
 

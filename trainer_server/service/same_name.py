@@ -25,12 +25,12 @@ def require_own_run(link: Link, topics: Topics, first_session: str, seconds: flo
     status = _kept_status(link, topics, seconds)
     if status is None or status.ended or status.first_session in (None, first_session):
         return
-    server = "is online" if status.online else "is offline"
+    server, stop = ("is online", "stop that server and run") if status.online else ("is offline", "run")
     prefix = "" if topics.prefix == ROOT else f" --topic-prefix {topics.prefix}"
     raise RunError(
         f"run {topics.run!r} exists already, with another folder: its server {server} and its devices wait for it; "
-        "start this run with another --run, or go on with that folder. To give its devices to this run, stop that "
-        f"server and run python -m trainer_server purge --run {topics.run}{prefix} with the same --broker"
+        "start this run with another --run, or go on with that folder. To give its devices to this run, "
+        f"{stop} python -m trainer_server purge --run {topics.run}{prefix} with the same --broker"
     )
 
 
