@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 
 import pytest
@@ -26,6 +27,10 @@ def broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield processes.start_broker(request.param)
 
 
+def link_to(broker: Broker) -> Link:
+    return Link(broker.url, secrets.token_hex(8))  # amqtt may close a connection with the client id of the one before
+
+
 @pytest.mark.parametrize(
     ("first_session", "online", "ended", "refused"),
     [
@@ -41,21 +46,21 @@ def test_another_run_of_the_name_that_has_not_ended_keeps_its_devices(
 ) -> None:
     topics = Topics("orchard", "farm/fedfmsl")
     status = ServerStatus(online=online, run="orchard", session="2", first_session=first_session, ended=ended)
-    publisher = Link(broker.url, "publisher")
+    publisher = link_to(broker)
     publisher.connect()
     publisher.publish(topics.server_status, encode(status), retain=True).wait_for_publish(SECONDS)
     publisher.close()
     if refused:
         remedy = "purge --run orchard --topic-prefix farm/fedfmsl with"
         with pytest.raises(RunError, match=f"another folder: its server is {refused}.*{remedy}") as caught:
-            require_own_run(Link(broker.url, "server"), topics, OWN, SECONDS)
+            require_own_run(link_to(broker), topics, OWN, SECONDS)
         assert ("stop that server" in str(caught.value)) == online
     else:
-        require_own_run(Link(broker.url, "server"), topics, OWN, SECONDS)
+        require_own_run(link_to(broker), topics, OWN, SECONDS)
 
 
 def test_globals_that_a_killed_server_has_left_are_deleted(broker: Broker) -> None:
-    topics, link = Topics("orchard"), Link(broker.url, "server")
+    topics, link = Topics("orchard"), link_to(broker)
     link.connect()
     kept, *gone = blobs = "a" * 64, "b" * 64, "c" * 64
     former = announced_round(Stage.PERSONAL, expert=kept, gate=gone[0])
@@ -71,4 +76,4 @@ def test_globals_that_a_killed_server_has_left_are_deleted(broker: Broker) -> No
 
 
 def test_a_name_that_is_new_to_the_broker_is_free(broker: Broker) -> None:
-    require_own_run(Link(broker.url, "server"), Topics("new"), OWN, SECONDS)
+    require_own_run(link_to(broker), Topics("new"), OWN, SECONDS)
