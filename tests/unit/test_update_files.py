@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,22 @@ def accepted(store: RunStore, run: CoordinatorRun, names: str) -> list[UpdateSee
     blobs = {seen.sha256: store.blobs.updates.append(pack(seen.update, seen.tensors)) for seen in updates}
     store.commit([LoggedEvent(0.0, seen) for seen in updates], blobs=blobs)
     return updates
+
+
+def test_after_a_failed_sync_blobs_go_to_a_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    files = UpdateFiles(tmp_path)
+    assert files.append(BLOBS[0]).file == 1
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", fails)
+        with pytest.raises(OSError, match="Input/output error"):
+            files.sync()
+    place = files.append(BLOBS[1])
+    files.sync()
+    assert place.file == 2 and files.read(place) == BLOBS[1]
+    files.close()
 
 
 def test_the_store_finds_updates_until_a_checkpoint_and_names_an_altered_one(vit: Built, tmp_path: Path) -> None:

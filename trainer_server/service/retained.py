@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,8 @@ from fedfmsl.protocol.chunks import CHUNK_BYTES, chunk_count
 from fedfmsl.protocol.messages import Round, ServerStatus, parse
 from fedfmsl.protocol.topics import Topics
 from fedfmsl.transport.link import Link, Received
+
+logger = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 3.0  # for the broker to deliver what it keeps
 
@@ -37,6 +40,8 @@ def retained(link: Link, topics: Topics, filters: Sequence[str], seconds: float 
             # amqtt also delivers what other clients have subscribed to
             if event.payload and any(topic_matches_sub(each, event.topic) for each in filters):
                 yield event
+        unknown = "what it keeps of an earlier run of this name is not known"
+        logger.warning("the broker has not answered within %.0f s; %s", seconds, unknown)
     finally:
         for each in subscribed:
             link.unsubscribe(each)

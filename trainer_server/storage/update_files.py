@@ -50,9 +50,14 @@ class UpdateFiles:
         return place
 
     def sync(self) -> None:
-        """All blobs survive a power failure after this call."""
+        """All blobs survive a power failure after this call. If it fails, later blobs go to a new file: a second sync
+        of the same file may succeed without what the first one could not write."""
         if self._written is not None:
-            os.fsync(self._written.descriptor)
+            try:
+                os.fsync(self._written.descriptor)
+            except OSError:
+                self.begin()
+                raise
 
     def read(self, place: Place) -> bytes:
         """The bytes at a place; fewer if the file is shorter."""
