@@ -134,7 +134,7 @@ def _ask(store: RunStore, operation: Operation) -> str:
             f"{store.folder} cannot be written ({error.strerror}); run the command as the server's user"
         ) from error
     runs = store.ended is None and server_process(store).runs
-    return NOW if runs else f"when its server is started again: python -m trainer_server resume --out {store.folder}"
+    return NOW if runs else "when its server is started again: python -m trainer_server resume with its --broker"
 
 
 def _pending(store: RunStore) -> tuple[str, ...]:

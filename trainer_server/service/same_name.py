@@ -25,12 +25,14 @@ def require_own_run(link: Link, topics: Topics, first_session: str, seconds: flo
     status = _kept_status(link, topics, seconds)
     if status is None or status.ended or status.first_session in (None, first_session):
         return
-    server, stop = ("is online", "stop that server and run") if status.online else ("is offline", "run")
+    # The connection of this look may itself have ended that of a running server with the same identity.
+    server, stop = ("online", "stop that server") if status.online else ("offline", "stop that server if it runs")
     prefix = "" if topics.prefix == ROOT else f" --topic-prefix {topics.prefix}"
     raise RunError(
-        f"run {topics.run!r} exists already, with another folder: its server {server} and its devices wait for it; "
+        f"run {topics.run!r} exists already, with another folder: its server is {server} and its devices wait for it; "
         "start this run with another --run, or go on with that folder. To give its devices to this run, "
-        f"{stop} python -m trainer_server purge --run {topics.run}{prefix} with the same --broker"
+        f"{stop}, then run python -m trainer_server purge --run {topics.run}{prefix} "
+        "with the same --broker and --identity"
     )
 
 
