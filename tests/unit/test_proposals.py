@@ -131,13 +131,18 @@ def test_a_device_waits_for_samples_also_without_the_disk_until_its_run_has_fini
     assert "holds no images" in first and "does not exist" in second
 
 
+def servers_of_two_runs(daemon: Daemon, vit: Built) -> tuple[ServerStatus, ServerStatus]:
+    """Those of the finished run, whose task the device has, and of the one after it. Both are online."""
+    task = vit.bundle.task
+    daemon.store.tasks.keep(task)
+    finished = ServerStatus(online=True, run="r", session="s", bundle=vit.bundle.sha256, task=task.sha256)
+    return finished, finished.model_copy(update={"session": "s2"})
+
+
 def test_a_late_device_without_the_bundle_waits_also_while_the_server_of_the_finished_run_is_back(
     daemon: Daemon, vit: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    link, task = daemon.link, vit.bundle.task
-    back = ServerStatus(online=True, run="r", session="s", bundle=vit.bundle.sha256, task=task.sha256)
-    new = back.model_copy(update={"session": "s2"})
-    daemon.store.tasks.keep(task)
+    link, (back, new) = daemon.link, servers_of_two_runs(daemon, vit)
     heard = [back.model_copy(update={"online": False}), back, back, new]
 
     def subscribe(topic: str) -> None:
@@ -156,10 +161,7 @@ def test_a_late_device_that_first_hears_the_server_of_the_finished_run_online_wa
     daemon: Daemon, vit: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server has no bundle for it, and goes offline once it has announced the end again."""
-    link, task = daemon.link, vit.bundle.task
-    back = ServerStatus(online=True, run="r", session="s", bundle=vit.bundle.sha256, task=task.sha256)
-    new = back.model_copy(update={"session": "s2"})
-    daemon.store.tasks.keep(task)
+    link, (back, new) = daemon.link, servers_of_two_runs(daemon, vit)
     heard, waited = [back, back.model_copy(update={"online": False}), new], list[str]()
 
     def subscribe(topic: str) -> None:

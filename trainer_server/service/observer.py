@@ -32,6 +32,8 @@ class Observer:
     def observe(self, state: State, deadline: float, acted: Acted | None) -> None:
         """Shows where the run stands. `deadline`: seconds until the next one; infinite if there is none. `acted`: the
         operator's last action."""
+        if not self._observations.is_due:  # why a run waits takes a look at each device
+            return
         seen = time.time()
         self._observations.save(
             ServerView(

@@ -75,12 +75,16 @@ class Observations:
     def heartbeat(self, health: Health, heard: float) -> None:
         self._healths[health.device] = (health.model_dump_json(), heard)
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the last look at what has changed was SECONDS ago or more."""
+        return time.monotonic() >= self._next
+
     def save(self, server: ServerView, statuses: Mapping[str, DeviceStatus]) -> None:
-        """Writes what has changed, unless the last write was less than SECONDS ago. `statuses` is never changed."""
-        now = time.monotonic()
-        if now < self._next:
+        """Writes what has changed, if it `is_due`. `statuses` is never changed."""
+        if not self.is_due:
             return
-        self._next = now + SECONDS
+        self._next = time.monotonic() + SECONDS
         changed = (
             {name: status for name, status in statuses.items() if self._statuses.get(name) is not status}
             if statuses is not self._latest  # without a look at each of ten thousand devices
